@@ -4,7 +4,7 @@ A batch is a pure function of (seed, position in the stream): workers, ranks and
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import lru_cache
 from itertools import chain, tee
 from typing import Any
@@ -46,7 +46,7 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 def batches(
     samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device
-) -> Iterator[list[Sample]]:
+) -> Generator[list[Sample], None, None]:
     """Lists of samples in the order of ``indices``.
 
     Workers hand over one sample at a time and are one batch ahead. If each made whole batches, the first

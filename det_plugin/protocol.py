@@ -40,20 +40,14 @@ class DetectionProtocol(Settings):
     lr: float = paper(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; other sizes are ours", ge=0)
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = theirs((0.9, 0.999), "of AdamW")
     weight_decay: float = theirs(0.1, "0 for norms and positions", ge=0)
-    layer_decay: float = ours(
-        0.7, "factor on the lr a layer; B.2 does not say whether its lr goes with ViTDet's 0.7", ge=0, le=1
-    )
+    layer_decay: float = ours(0.7, "factor on the lr a layer: ViTDet's; B.2 gives none", ge=0, le=1)
     drop_path: float = theirs(0.1, "rate of the last block, rising from 0", ge=0, le=1)
     clip_grad: float = theirs(0.0, "largest norm of the gradients; 0: no clipping", ge=0)
     amp: bool = theirs(True, "mixed precision, on CUDA")
-    amp_dtype: Literal["float16", "bfloat16"] = theirs(
-        "float16", "float16 with loss scaling (its AMPTrainer), or bfloat16 without"
-    )
+    amp_dtype: Literal["float16", "bfloat16"] = theirs("float16", "with loss scaling, or bfloat16 without")
 
     # Input
-    image_size_px: int = theirs(
-        1024, "side of the square, padded at the bottom and right; the long edge in tests", ge=COARSEST_PX
-    )
+    image_size_px: int = theirs(1024, "side of the padded square; the long edge in tests", ge=COARSEST_PX)
     jitter_scale: tuple[float, float] = theirs((0.1, 2.0), "large-scale jitter of training images")
     flip: float = theirs(0.5, "probability of a horizontal flip", ge=0, le=1)
     train_share: float = ours(1.0, "share of the training images, the same ones in every run", gt=0, le=1)
@@ -61,9 +55,7 @@ class DetectionProtocol(Settings):
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = theirs((58.395, 57.12, 57.375), "RGB")
 
     # Backbone
-    keep_special_tokens: bool = ours(
-        True, "[CLS] and registers stay in the sequence, as pre-trained; Detectron2's ViT has none"
-    )
+    keep_special_tokens: bool = ours(True, "[CLS] and registers stay, as pre-trained; Detectron2 has none")
     final_norm: bool = ours(True, "as pre-trained; Detectron2's ViT has none")
     window_size: int = paper(0, "patches a side; 0: every block sees the whole image; ViTDet: 14", ge=0)
     global_blocks: int = theirs(4, "where there are windows: blocks without, the last of equal groups", ge=1)
@@ -72,27 +64,17 @@ class DetectionProtocol(Settings):
     # Simple feature pyramid
     pyramid_scales: tuple[float, ...] = theirs(SCALES, "of its maps; plus one max-pooled level")
     channels: int = theirs(256, "of the pyramid and the heads", ge=1)
-    norm: Literal["LN", "GN", ""] = theirs(
-        "LN", "of the pyramid and the heads; GN with Detectron2 alone, none ('') with torchvision alone"
-    )
+    norm: Literal["LN", "GN", ""] = theirs("LN", "as channels; GN: Detectron2 alone, none (''): torchvision")
 
     # Region proposals
     anchor_sizes_px: tuple[PositiveInt, ...] = theirs((32, 64, 128, 256, 512), "one a level")
-    anchor_ratios: tuple[PositiveFloat, ...] = theirs(
-        (0.5, 1.0, 2.0), "height / width of the anchors", min_length=1
-    )
+    anchor_ratios: tuple[PositiveFloat, ...] = theirs((0.5, 1.0, 2.0), "height / width", min_length=1)
     rpn_convs: int = theirs(2, "convolutions", ge=1)
-    rpn_thresholds: tuple[float, float] = theirs(
-        (0.3, 0.7), "IoU below which an anchor is background, and from which it is an object"
-    )
+    rpn_thresholds: tuple[float, float] = theirs((0.3, 0.7), "IoU: background below, an object from it on")
     rpn_batch_per_image: int = theirs(256, "anchors that the loss samples", ge=1)
     rpn_positive_fraction: float = theirs(0.5, "of these, at most", ge=0, le=1)
-    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = theirs(
-        (2000, 1000), "proposals a level before NMS: training, test"
-    )
-    rpn_post_nms: tuple[PositiveInt, PositiveInt] = theirs(
-        (1000, 1000), "proposals an image after NMS: training, test"
-    )
+    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = theirs((2000, 1000), "a level before NMS: training, test")
+    rpn_post_nms: tuple[PositiveInt, PositiveInt] = theirs((1000, 1000), "an image after it: training, test")
     rpn_nms: float = theirs(0.7, "IoU of NMS", ge=0, le=1)
 
     # Heads

@@ -1,6 +1,5 @@
 """One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from det_plugin.protocol import DetectionProtocol, deviations, other_images
 from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.files import replacing
 from pretrain.results import renamed
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
@@ -71,12 +69,6 @@ class DetectionRun:
             "protocol": as_dict(self.protocol),
             "seed": self.seed,
         }
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:

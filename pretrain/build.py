@@ -23,19 +23,15 @@ class BackboneSettings(Settings):
     """The network of a pre-training run."""
 
     name: str = setting("vit_small_patch16", "registry name", source="appendix B.1")
-    weights: str = setting(
-        "", "start from this checkpoint instead of from scratch", source="ours", in_recipe=False
-    )
+    weights: str = setting("", "start from this checkpoint instead of from scratch", in_recipe=False)
     patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)
-    depth: int = setting(0, "blocks; 0: the name's own", source="ours", ge=0, le=1024)
-    n_registers: int = setting(0, "register tokens; 0: the name's own", source="ours", ge=0, le=1024)
+    depth: int = setting(0, "blocks; 0: the name's own", ge=0, le=1024)
+    n_registers: int = setting(0, "register tokens; 0: the name's own", ge=0, le=1024)
     layer_scale_init: float = setting(1.0e-5, "initial value of LayerScale; 0: none", source="DINOv2", ge=0)
     drop_path: float = setting(
         0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9
     )
-    attention: Literal["auto", "sdpa", "xformers"] = setting(
-        "auto", "implementation", source="ours", in_recipe=False
-    )
+    attention: Literal["auto", "sdpa", "xformers"] = setting("auto", "implementation", in_recipe=False)
 
 
 def backbone_names() -> list[str]:
@@ -77,9 +73,8 @@ def build_backbone(
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
     name = backbone_name(None if name is None else str(name), checkpoint)
     if name not in BACKBONES:
-        raise UserError(
-            f"backbone: {name!r} is not registered, and no file of weights; there are {', '.join(backbone_names())}"
-        )
+        known = ", ".join(backbone_names())
+        raise UserError(f"backbone: {name!r} is not registered, and no file of weights; there are {known}")
     model_kwargs = dict(overrides)
     if checkpoint is not None:
         if "patch_size" in overrides:
@@ -96,8 +91,8 @@ def build_backbone(
 
 
 def build_for_fine_tuning(name: str, weights: str | Path | None = None, **model_kwargs: Any) -> ViT:
-    """:func:`build_backbone` for the two protocols, whose patches have 16 px: other files are resampled,
-    unless ``patch_size`` is given."""
+    """:func:`build_backbone` for the two protocols, whose patches have 16 px: other files are resampled, unless
+    ``patch_size`` is given."""
     return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
 
 
@@ -110,13 +105,11 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
     """The file's arguments, updated with the run's own. An override that contradicts the file is an error."""
     model_kwargs = {**checkpoint.model_kwargs, "mask_tokens": False}
     usual = SIZES.get(name.split("_")[1], model_kwargs)
-    width, depth = model_kwargs["embed_dim"], model_kwargs["depth"]
+    width, depth, registers = (model_kwargs.get(key, 0) for key in ("embed_dim", "depth", "n_registers"))
     if width != usual["embed_dim"]:
-        raise UserError(
-            f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide"
-        )
-    # a plain name allows any number
-    named, registers = (re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0))
+        own = f"{name} is {usual['embed_dim']} wide"
+        raise UserError(f"weights: {checkpoint.path} is {width} wide, but {own}")
+    named = re.search(r"_reg(\d+)$", name)  # a plain name allows any number
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual["depth"]:
@@ -124,7 +117,6 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
         warnings.warn(f"weights: {told}: blocks may be missing", stacklevel=3)
     for key, value in overrides.items():
         if key in model_kwargs and key not in RUN_KWARGS and model_kwargs[key] != value:
-            raise UserError(
-                f"weights: {checkpoint.path} was made with {key}={model_kwargs[key]!r}, but {key}={value!r} is asked for"
-            )
+            made = f"{checkpoint.path} was made with {key}={model_kwargs[key]!r}"
+            raise UserError(f"weights: {made}, but {key}={value!r} is asked for")
     return {**model_kwargs, **overrides}

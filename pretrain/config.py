@@ -1,5 +1,4 @@
-"""From names, files and words to the typed settings of a pre-training run; its recipe, and in what it
-deviates from that.
+"""From names, files and words to the typed settings of a pre-training run; its recipe and its deviations.
 
 A config names what it stands on: ``base: paka.yaml`` (a file beside it) or ``base: paka-25ep`` (a recipe,
 shipped in ``pretrain/recipes``), or a list of these. One that names no recipe stands on its method's own. The
@@ -28,7 +27,7 @@ from pretrain.settings import (
     flat,
     keys_where,
     nested,
-    put,
+    opened,
     read_layers,
     read_words,
     setting,
@@ -42,27 +41,24 @@ _TOP = Path(__file__).parents[1]
 SHIPPED = _TOP / "posfield" / "configs" if (_TOP / "posfield" / "configs").is_dir() else _TOP / "configs"
 CONFIGS = SHIPPED / "pretrain"
 VERSION = 1
-# Images scaled down to this before they are cropped are the data path's affair; below, they are other data
-SMALLEST_SIDE_PX = 512
+SMALLEST_SIDE_PX = 512  # images that are scaled down further before they are cropped are other data
 
 
 class Variant(Settings):
     """What a recipe changes for some sizes of the network."""
 
-    when: dict[str, Any] = setting(..., "{dotted key: value or pattern}, all of them", source="ours")
-    then: dict[str, Any] = setting(..., "{dotted key: value}", source="ours")
+    when: dict[str, Any] = setting(..., "{dotted key: value or pattern}, all of them")
+    then: dict[str, Any] = setting(..., "{dotted key: value}")
 
 
 class RecipeInfo(Settings):
     """The block ``recipe:`` of a recipe's YAML."""
 
-    n_images: int = setting(0, "images of its data set; 0: any", source="ours", ge=0)
-    backbones: tuple[str, ...] = setting((), "registry names that follow it; none: any", source="ours")
-    from_scratch: bool = setting(
-        True, "whether it starts from scratch, or from backbone.weights", source="ours"
-    )
-    free: tuple[str, ...] = setting((), "dotted keys that are no part of it", source="ours")
-    variants: tuple[Variant, ...] = setting((), "what it changes for some sizes", source="ours")
+    n_images: int = setting(0, "images of its data set; 0: any", ge=0)
+    backbones: tuple[str, ...] = setting((), "registry names that follow it; none: any")
+    from_scratch: bool = setting(True, "whether it starts from scratch, or from backbone.weights")
+    free: tuple[str, ...] = setting((), "dotted keys that are no part of it")
+    variants: tuple[Variant, ...] = setting((), "what it changes for some sizes")
 
 
 # --- loading ----------------------------------------------------------------------------------------------
@@ -81,24 +77,13 @@ def load_config(path: str | Path | None = None, words: Changes = ()) -> Any:
     Raises:
         UserError: names the file, the key and the value.
     """
-    settings = build(*_resolved(path, words))
+    settings = build(*resolved(path, words))
     if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
         method = _method_in(_recipe(settings.recipe))
         if find_method(method) is not find_method(settings.method):
-            raise UserError(
-                f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another"
-            )
+            other = f"is of method={method}, not of {settings.method}"
+            raise UserError(f"config: recipe={settings.recipe} {other}; take another")
     return settings
-
-
-def model_of(path: str | Path | None = None, words: Changes = ()) -> type[TrainSettings]:
-    """The model of the settings that :func:`load_config` builds."""
-    return _resolved(path, words)[0]
-
-
-def layers_of(path: str | Path | None = None, words: Changes = ()) -> list[Layer]:
-    """The layers that :func:`load_config` builds its settings of, the most basic first."""
-    return _resolved(path, words)[1]
 
 
 def from_saved(values: Mapping[str, Any]) -> Any:
@@ -124,9 +109,8 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     for found in (path, *(folder / f"{name}.yaml" for folder in (RECIPES, RECIPES / "ablation", CONFIGS))):
         if os.path.isfile(found):  # no error for a name that no file can have
             return found
-    raise UserError(
-        f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}"
-    )
+    known = ", ".join(recipe_names())
+    raise UserError(f"config: no file {path}, and no recipe of that name; there are {known}")
 
 
 def recipe_names() -> list[str]:
@@ -136,7 +120,7 @@ def recipe_names() -> list[str]:
 
 def _recipe(name: str) -> list[Layer]:
     """The layers of a recipe; none for "". Raises UserError where there is none of that name."""
-    return _read(_recipe_path(name)) if name else []
+    return read_layers(_recipe_path(name), find_config, _prepared) if name else []
 
 
 def _recipe_path(name: str) -> Path:
@@ -145,36 +129,29 @@ def _recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def _resolved(path: str | Path | None, words: Changes) -> tuple[type[TrainSettings], list[Layer]]:
-    """The model and the layers of a config."""
+def resolved(path: str | Path | None = None, words: Changes = ()) -> tuple[type[TrainSettings], list[Layer]]:
+    """The model and the layers, the most basic first, that :func:`load_config` builds settings of."""
     said = Layer("arguments", nested(words)) if isinstance(words, Mapping) else read_words(words)
     typed = _modern(replace(said, values=_own_path(said.values, Path())))
-    layers = [] if path is None else _read(find_config(path))
+    layers = [] if path is None else read_layers(find_config(path), find_config, _prepared)
     model = find_method(_method_in([*layers, typed])).Settings
     if not _recipe_in(layers)[0]:
         layers = [*_recipe(model.model_fields["recipe"].default), *layers]
     name, n = _recipe_in(layers)
     layers.append(typed)
-    return model, [*layers[:n], *_variants(model, layers, _info(name)), *layers[n:]]
+    return model, [*layers[:n], *_variants(model, layers, recipe_info(name)), *layers[n:]]
 
 
 def _recipe_in(layers: Sequence[Layer]) -> tuple[str, int]:
-    """The recipe that layers stand on, the last one, and the number of layers up to it; ("", 0) without
-    one."""
+    """The recipe that layers stand on, the last one, and the number of layers up to it; ("", 0): none."""
     of_recipes = {f"recipe {name}": name for name in recipe_names()}
     found = [(of_recipes[layer.name], n) for n, layer in enumerate(layers, 1) if layer.name in of_recipes]
     return found[-1] if found else ("", 0)
 
 
-def _read(path: Path) -> list[Layer]:
-    """The layers of a config or recipe, under today's names; that of a recipe is called after it. Errors
-    as :func:`read_layers`."""
-    return read_layers(path, find_config, _prepared)
-
-
 def _prepared(layer: Layer) -> Layer:
-    """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is
-    one more base."""
+    """A file's layer under today's names. A recipe is called after its file, and holds that name as
+    ``recipe``; a name there in another file (a run's) is one more base."""
     path, values = Path(layer.name), dict(layer.values)
     if is_recipe := path.parent.resolve() == RECIPES.resolve():
         values["recipe"] = path.stem
@@ -183,17 +160,15 @@ def _prepared(layer: Layer) -> Layer:
     if is_recipe:
         return Layer(f"recipe {named}", values, layer.comments)
     if not isinstance(named, str):
-        raise UserError(
-            f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'"
-        )
+        own = "only files of pretrain/recipes describe a recipe"
+        raise UserError(f"config: {path}: {own}; write 'base: NAME'")
     if named:
         bases = [*(bases if isinstance(bases, list) else [bases]), str(_recipe_path(named).resolve())]
     return replace(layer, values={**values, "base": bases})
 
 
 def _own_path(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """A method that is a file is named relative to the folder of the config that names it, on a command
-    line to the working one."""
+    """A method that is a file is named relative to its config's folder, or to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
         return {**values, "method": str((folder / name).resolve())}
@@ -211,27 +186,15 @@ def _method_in(layers: Iterable[Layer]) -> str:
 
 
 def _variants(model: type[TrainSettings], layers: Sequence[Layer], info: RecipeInfo) -> list[Layer]:
-    """What a recipe changes for the sizes that a config asks for: over the recipe, under all that the
-    config says itself."""
-    found = []
-    for variant in info.variants:
-        values: dict[str, Any] = {}
-        if all(fnmatch(_said(model, layers, key), str(wanted)) for key, wanted in variant.when.items()):
-            for key, value in variant.then.items():
-                put(values, key, value)
-            found.append(Layer("recipe's variant", values))
-    return found
-
-
-def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
-    """What layers say of a key, as text; its default where they say nothing."""
-    text = next(str(info.default) for name, info, _ in fields(model) if name == key)
-    group, _, name = key.rpartition(".")
+    """What a recipe changes for the sizes that a config asks for: over the recipe, under its own words."""
+    said = {key: info.default for key, info, _ in fields(model)}
     for layer in layers:
-        values = layer.values.get(group, {}) if group else layer.values
-        if isinstance(values, Mapping) and name in values:
-            text = str(values[name])
-    return text
+        said |= flat(layer.values)
+    return [
+        Layer("recipe's variant", opened(variant.then))
+        for variant in info.variants
+        if all(fnmatch(str(said[key]), str(wanted)) for key, wanted in variant.when.items())
+    ]
 
 
 # --- configs of earlier versions --------------------------------------------------------------------------
@@ -244,8 +207,7 @@ class _Renamed(Settings):
 
 
 def _modern(layer: Layer) -> Layer:
-    """A layer under today's names. A whole config of an earlier version held the keys of all methods and
-    named no recipe."""
+    """A layer under today's names. Whole configs of old held the keys of all methods and named no recipe."""
     values = upgraded(_Renamed, layer.values)
     method = values.get("method")
     if isinstance(method, str):
@@ -262,19 +224,13 @@ def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, A
     """Values without the keys that only the other methods of that time have."""
     others = {key for name in METHODS.values() for key, _, _ in fields(find_method(name).Settings)}
     others -= {key for key, _, _ in fields(model)}
-    kept: dict[str, Any] = {}
-    for group, keys in values.items():
-        if isinstance(keys, Mapping):
-            keys = {key: value for key, value in keys.items() if f"{group}.{key}" not in others}
-        if keys or not isinstance(keys, Mapping):
-            kept[group] = keys
-    return kept
+    return opened({key: value for key, value in flat(values).items() if key not in others and value != {}})
 
 
 def _recipe_of(settings: TrainSettings) -> str:
-    """The recipe of a config that names none: it holds all words (texts, true, false) by which the recipe
-    differs from the defaults; of several the one with the most. Numbers tell nothing, since runs are
-    scaled down. Else the method's own recipe."""
+    """The recipe of a config that names none, by the words (texts, true, false; not numbers, since runs are
+    scaled down) in which it differs from the defaults: the config holds them all. Of several the one with
+    the most words; else the method's own."""
     model, held = type(settings), flat(settings)
     weights = Layer("run", {"backbone": {"weights": settings.backbone.weights}})
     defaults, no_part = flat(build(model, [weights])), keys_where(model, "in_recipe", False)
@@ -283,11 +239,8 @@ def _recipe_of(settings: TrainSettings) -> str:
         layers = _recipe(name)
         if _method_in(layers) == settings.method:
             recipe = flat(build(model, [*layers, weights]))
-            words = {
-                k: v
-                for k, v in recipe.items()
-                if isinstance(v, str | bool) and v != defaults[k] and k not in no_part
-            }
+            told = (key for key in recipe if recipe[key] != defaults[key] and key not in no_part)
+            words = {key: recipe[key] for key in told if isinstance(recipe[key], str | bool)}
             if words.items() <= held.items():
                 n_words[name] = len(words)
     return max(n_words, key=lambda name: n_words[name])
@@ -297,8 +250,7 @@ def _recipe_of(settings: TrainSettings) -> str:
 
 
 def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
-    """The recipe that a run stands on, and every setting that differs from it; for a method without recipes
-    its own defaults.
+    """The recipe that a run stands on (without one its method's defaults), and every setting that differs.
 
     ``optim.batch_size`` is the number of images a step over all ranks and micro-batches, so neither the ranks
     nor ``step.accumulate`` make another recipe.
@@ -306,8 +258,8 @@ def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
     Args:
         n_images: size of the run's data set; for a recipe that names a data set, its size is part of it.
     """
-    deviations = _deviations(settings, settings.recipe)
-    info = recipe_info(settings)
+    info = recipe_info(settings.recipe)
+    deviations = _deviations(settings, info)
     if 0 < settings.data.max_side_px < SMALLEST_SIDE_PX:
         deviations["data.max_side_px"] = [0, settings.data.max_side_px]
     if info.n_images and n_images != info.n_images:
@@ -316,28 +268,20 @@ def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
     return Protocol(name=name, version=VERSION, full=not deviations, deviations=deviations)
 
 
-def recipe_info(settings: TrainSettings) -> RecipeInfo:
-    """What the recipe of a run says of itself."""
-    return _info(settings.recipe)
+def recipe_info(name: str) -> RecipeInfo:
+    """The blocks ``recipe:`` of a recipe and its bases, each over those before it; of "" the defaults."""
+    layers = read_layers(_recipe_path(name), find_config) if name else []
+    blocks = [Layer(layer.name, layer.values.get("recipe", {})) for layer in layers]
+    return build(RecipeInfo, blocks, "recipe")
 
 
-def _info(recipe: str) -> RecipeInfo:
-    """The blocks ``recipe:`` of a recipe and its bases, each over those before it."""
-    layers = read_layers(_recipe_path(recipe), find_config) if recipe else []
-    return build(
-        RecipeInfo, [Layer(layer.name, layer.values.get("recipe", {})) for layer in layers], "recipe"
-    )
-
-
-def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
+def _deviations(settings: TrainSettings, info: RecipeInfo) -> dict[str, list[Any]]:
     """{dotted key: [the recipe's value, the run's]}."""
     model = type(settings)
-    info = _info(recipe)
     said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
-    layers = [*_recipe(recipe), *_variants(model, said, info)]
     # a post-training is none without
     own = Layer("run", {"backbone": {"weights": settings.backbone.weights}})
-    reference = build(model, [*layers, own])
+    reference = build(model, [*_recipe(settings.recipe), *_variants(model, said, info), own])
     no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}
     found = {key: pair for key, pair in differences(reference, settings).items() if key not in no_part}
     if info.backbones:

@@ -44,8 +44,7 @@ def softmax_(x: Tensor) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Tensors times a scalar, in place; nothing to do for 1 (only the CPU looks: a GPU would have to
-    wait)."""
+    """Tensors times a scalar, in place; nothing to do for 1 (only the CPU looks: a GPU would wait)."""
     if factor.device.type != "cpu" or factor != 1:
         for x in tensors:
             x.mul_(factor)

@@ -1,5 +1,4 @@
-"""Ranks. Every reduction here is the identity at world size 1, so the code around it reads the same on one
-machine and on many."""
+"""Ranks. At world size 1 every reduction is the identity: code reads the same on one machine and on many."""
 
 import os
 import socket
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
 
 _host: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on without waiting for their devices
 
@@ -75,22 +75,27 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local(x: Tensor) -> Tensor:
+    """This rank's values: the shard of a DTensor, or a plain tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of ``x`` (any shape) over the ranks; not differentiated."""
-    if world_size() == 1:
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
     """Largest of ``x`` (any shape) over the ranks, place by place; not differentiated."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, rule: Any) -> Tensor:
     if world_size() == 1:
         return x
-    largest = x.detach().clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest
+    total = x.detach().clone()
+    dist.all_reduce(total, rule)
+    return total
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -99,8 +104,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """A plain value of each rank, in rank order, on all of them; every rank must call this at the same
-    time."""
+    """A plain value of each rank, in rank order, on all of them; every rank must call this at once."""
     if world_size() == 1:
         return [value]
     parts: list[Any] = [None] * world_size()
@@ -109,8 +113,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether the flag is set on some rank; every rank must call this at the same time. Does not wait for
-    a device."""
+    """Whether the flag is set on some rank; every rank must call this at once. Does not wait for a device."""
     if world_size() == 1:
         return flag
     largest = torch.tensor([int(flag)])

@@ -9,5 +9,10 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop (a signal), has saved its state and ends; the tools then exit with
-    ``cli.REQUEUE_CODE``."""
+    """A run was asked to stop (a signal), has saved its state and ends; tools exit: ``cli.REQUEUE_CODE``."""
+
+
+def ensure(holds: object, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not holds:
+        raise UserError(message)

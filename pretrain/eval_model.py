@@ -141,9 +141,9 @@ def open_models(
     if names and len(names) != len(paths):
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
     for name in names:
-        if not name.strip() or names.count(name) > 1:
-            many = f"names {names.count(name)} weights"
-            raise UserError(f"--names: {name!r} {many}; give each a name of its own")
+        n = names.count(name)
+        if not name.strip() or n > 1:
+            raise UserError(f"--names: {name!r} names {n} weights; give each a name of its own")
     if patch_px is not None and patch_px < 1:
         raise UserError(f"--patch-size: {patch_px} is less than 1")
     paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
@@ -152,20 +152,19 @@ def open_models(
         checkpoint = read_checkpoint(path, source)
         said = checkpoint.provenance
         epochs, seed, training = (said.get(key) for key in ("effective_epochs", "seed", "config_hash"))
-        models.append(
-            EvalModel(
-                label="",
-                path=path,
-                backbone=backbone_name(backbone, checkpoint),
-                patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
-                method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
-                effective_epochs=None if epochs is None else float(epochs),
-                has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
-                source=source,
-                seed=seed if type(seed) is int and 0 <= seed < 2**32 else 0,
-                training=training if isinstance(training, str) else None,
-            )
+        model = EvalModel(
+            label="",
+            path=path,
+            backbone=backbone_name(backbone, checkpoint),
+            patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
+            method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
+            effective_epochs=None if epochs is None else float(epochs),
+            has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
+            source=source,
+            seed=seed if type(seed) is int and 0 <= seed < 2**32 else 0,
+            training=training if isinstance(training, str) else None,
         )
+        models.append(model)
     return named_apart(models)
 
 
@@ -174,10 +173,8 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
-        pairs = zip(labels, texts)
-        labels = [
-            f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in pairs
-        ]
+        told = [text if counts[label] > 1 and text != label else "" for label, text in zip(labels, texts)]
+        labels = [f"{label}, {text}" if text else label for label, text in zip(labels, told)]
     return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 

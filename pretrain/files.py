@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name. A folder with this name is moved aside first and
-    removed last."""
+    """Flush a finished file to disk and name it. A folder of that name is moved aside first, removed last."""
     if partial.is_file():
         sync(partial)
     old = path.with_name(f".replaced-{path.name}")
@@ -110,11 +109,14 @@ def write_json(path: Path, content: Any) -> Path:
     return write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A line of names and a line a row; floats are exact."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-    write_text(path, file.getvalue())
+def csv_text(records: Iterable[Mapping[str, Any]]) -> str:
+    """A line of names, those of the first record, and a line a record; floats are exact. Of none: empty."""
+    records, file = list(records), io.StringIO()
+    if records:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    return file.getvalue()
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -37,8 +37,7 @@ class HeadOutput(NamedTuple):
 
 
 class ProjectionHead(nn.Module):
-    """Tokens to the bottleneck and the prototypes (METHOD.md 5: 3 layers, hidden 2048, bottleneck 256, 65,536
-    prototypes). It does not compute the logits: nothing needs all of them at once.
+    """Tokens to the bottleneck and the prototypes (METHOD.md 5). Nothing needs all the logits at once.
 
     Args:
         in_dim: width of the tokens.

@@ -21,19 +21,14 @@ def lr_rate(name: str, depth: int, decay: float) -> float:
         ValueError: the ViT has no such parameter.
     """
     first, _, rest = name.partition(".")
-    if first in LAYER_ZERO:
-        layer = 0
-    elif first == "blocks":
-        layer = int(rest.partition(".")[0]) + 1
-    elif first == "norm":
-        layer = depth + 1
-    else:
+    layers = {**dict.fromkeys(LAYER_ZERO, 0), "norm": depth + 1}
+    if first not in layers and first != "blocks":
         raise ValueError(f"layer decay: {name!r} is no parameter of the ViT")
+    layer = int(rest.partition(".")[0]) + 1 if first == "blocks" else layers[first]
     return decay ** (depth + 1 - layer)
 
 
 def no_decay(name: str) -> bool:
-    """Whether weight decay is 0: norms, LayerScale and positions. Biases of linear layers decay, as in
-    Detectron2."""
+    """Whether weight decay is 0: norms, LayerScale, positions. Other biases decay, as in Detectron2."""
     parts = name.split(".")
     return parts[0] in POSITIONS or parts[-1] == "gamma" or (len(parts) > 1 and parts[-2] in NORMS)

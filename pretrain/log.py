@@ -94,8 +94,7 @@ class ProgressLine:
             self.task = self.bar.add_task(title, total=total, completed=done, eta="")
 
     def update(self, done: int, note: str, eta_s: float) -> None:
-        """``done`` steps are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last
-        one always."""
+        """``done`` steps are done. Shown every second, or every ``QUIET_S`` off a terminal, and at the end."""
         pause_s = 1 if self.bar is not None else QUIET_S
         if done < self.total and time.time() - self.told < pause_s:
             return

@@ -26,9 +26,9 @@ from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
 WINDOW_ITERS = 50  # iterations that the speed is a mean over
-# A process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are
-# over
-WARM_ITERS = 5
+WARM_ITERS = (
+    5  # a process's first iterations (kernels are chosen, workers start): forgotten once they are over
+)
 
 
 class LogSettings(Settings):
@@ -36,29 +36,21 @@ class LogSettings(Settings):
 
     in_recipe = False
     fixed = False
-    every: int = setting(10, "iterations between lines of metrics.jsonl", source="ours", ge=1)
+    every: int = setting(10, "iterations between lines of metrics.jsonl", ge=1)
     checkpoint_every: int = setting(
-        1000, "iterations between checkpoints; the last iteration always leaves one", source="ours", ge=1
+        1000, "iterations between checkpoints; the last iteration always leaves one", ge=1
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints that stay", source="ours", ge=1)
-    async_checkpoints: bool = setting(
-        True, "checkpoints are written while the training goes on", source="ours"
-    )
-    tensorboard: bool = setting(True, "scalars and images in run.output/tensorboard", source="ours")
+    keep_checkpoints: int = setting(2, "newest checkpoints that stay", ge=1)
+    async_checkpoints: bool = setting(True, "checkpoints are written while the training goes on")
+    tensorboard: bool = setting(True, "scalars and images in run.output/tensorboard")
     images_every: int = setting(
-        1000,
-        "iterations between images in TensorBoard: views, masks, attention, PCA; 0: none",
-        source="ours",
-        ge=0,
+        1000, "iterations between images in TensorBoard: views, masks, attention, PCA; 0: none", ge=0
     )
-    wandb: str = setting(
-        "", "project in Weights & Biases, where it is installed; none without", source="ours"
-    )
+    wandb: str = setting("", "project in Weights & Biases, where it is installed; none without")
 
 
 def truncate_lines(path: Path, before_iter: int) -> None:
-    """Drop a log's lines of iterations >= ``before_iter`` (they will be computed again), and a last line
-    that was cut off."""
+    """Drop a log's lines of iterations >= ``before_iter`` (computed again), and one that was cut off."""
     if not path.is_file():
         return
     kept = []
@@ -104,7 +96,7 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.wandb = WandbRun(folder, wandb, config or {}) if wandb else None  # first: it may fail
+        self.wandb = start_wandb(folder, wandb, config or {}) if wandb else None  # first: it may fail
         self.files: dict[str, TextIO] = {}
         for name in NAMES:
             path = folder / f"{name}.jsonl"
@@ -117,15 +109,14 @@ class MetricsLog:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iter)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``,
-        ``probe/knn_top1``, ..."""
+        """One line of ``metrics``, ``speed`` or ``probes``, also as scalars (``metrics/loss``, ...)."""
         self.files[name].write(json.dumps({"iteration": iteration, **values}) + "\n")
         scalars = {key if "/" in key else f"{name}/{key}": value for key, value in values.items()}
         if self.writer is not None:
             for key, value in scalars.items():
                 self.writer.add_scalar(key, value, iteration)
         if self.wandb is not None:
-            self.wandb.scalars(scalars, iteration)
+            self.wandb.log(scalars, step=iteration)
 
     @property
     def shows_images(self) -> bool:
@@ -134,11 +125,14 @@ class MetricsLog:
 
     def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
         """Images by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
+        named = {f"images/{name}": image for name, image in images.items()}
         if self.writer is not None:
-            for name, image in images.items():
-                self.writer.add_image(f"images/{name}", image, iteration, dataformats="HWC")
+            for name, image in named.items():
+                self.writer.add_image(name, image, iteration, dataformats="HWC")
         if self.wandb is not None:
-            self.wandb.images({f"images/{name}": image for name, image in images.items()}, iteration)
+            from wandb import Image
+
+            self.wandb.log({name: Image(image) for name, image in named.items()}, step=iteration)
 
     def flush(self) -> None:
         """Everything so far reaches the disk."""
@@ -156,55 +150,34 @@ class MetricsLog:
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
-            self.wandb.run.finish()
+            self.wandb.finish()
 
 
-class WandbRun:
-    """One run in Weights & Biases. Its id lies in ``folder/wandb_id``, so that a resumed training goes on in
-    it.
+def start_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases. Its id lies in ``folder/wandb_id``: a resumed training goes on in it.
 
     Values go by iteration. W&B drops iterations that it already has: a resumed training computes those again,
     to the same values. ``WANDB_MODE=offline`` keeps everything on the disk, in ``folder/wandb``.
     """
-
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"log.wandb={project!r}, but wandb cannot be imported ({error}): pip install wandb"
-            ) from error
-        known = folder / "wandb_id"
-        run_id = known.read_text().strip() if known.is_file() else None
-        try:
-            self.run = wandb.init(
-                project=project,
-                id=run_id,
-                resume="allow",
-                name=folder.name,
-                dir=str(folder),
-                config=dict(config),
-            )
-        except wandb.Error as error:  # no account, no network
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)"
-            ) from error
-        known.write_text(f"{self.run.id}\n")
-        self.to_image = wandb.Image
-
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Numbers of an iteration."""
-        self.run.log(dict(values), step=iteration)
-
-    def images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Images of an iteration, uint8 [H, W, 3] each."""
-        self.run.log({name: self.to_image(image) for name, image in images.items()}, step=iteration)
+    try:
+        import wandb
+    except ImportError as error:
+        told = f"log.wandb={project!r}, but wandb cannot be imported ({error}): pip install wandb"
+        raise UserError(told) from error
+    known = folder / "wandb_id"
+    run_id = known.read_text().strip() if known.is_file() else None
+    names = {"project": project, "name": folder.name, "dir": str(folder)}
+    try:
+        run = wandb.init(**names, id=run_id, resume="allow", config=dict(config))
+    except wandb.Error as error:  # no account, no network
+        way = "WANDB_MODE=offline needs neither account nor network"
+        raise UserError(f"log.wandb={project!r}: {str(error).splitlines()[0]} ({way})") from error
+    known.write_text(f"{run.id}\n")
+    return run
 
 
 class Speed:
-    """Images a second, share of the time that was spent waiting for data, and time left, over a sliding
-    window of iterations.
+    """Images a second, share of the time spent waiting for data, and time left, over a window of iterations.
 
     Args:
         batch_size: images of an iteration, over all ranks.
@@ -228,8 +201,7 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside (probes, images, checkpoints) is not the speed of training; the time left
-        knows it."""
+        """What is done inside (probes, images, checkpoints) counts in the time left alone."""
         started = self.clock()
         try:
             yield
@@ -261,8 +233,7 @@ class Speed:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory so far, 10^9 bytes: allocated on the GPU, or held by this process where there is no
-    CUDA."""
+    """Most memory so far, 10^9 bytes: allocated on the GPU, or without CUDA held by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, kilobytes elsewhere

@@ -1,7 +1,6 @@
-"""AdamW: its settings, parameter groups and the schedules that drive them; clipping; a teacher's moving
-average."""
+"""AdamW: settings, parameter groups and the schedules that drive them; clipping; a teacher's average."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pretrain.distributed import local
 from pretrain.settings import Settings, setting
 
 Beta = Annotated[float, Field(ge=0, le=1 - 1e-9)]
@@ -19,7 +19,7 @@ class OptimSettings(Settings):
 
     epochs: int = setting(100, "length of the run in epochs", source="Table 6", ge=1)
     batch_size: int = setting(512, "images of a step over all ranks", source="Table 6", ge=1)
-    epoch_iters: int = setting(0, "iterations of an epoch; 0: images / batch_size", source="ours", ge=0)
+    epoch_iters: int = setting(0, "iterations of an epoch; 0: images / batch_size", ge=0)
     base_lr: float = setting(2.0e-3, "lr before lr_rule", source="Table 6", ge=0)
     head_lr_factor: float = setting(
         1.0, "lr of all that is not the backbone, in that of the backbone (NeCo: 10)", source="DINOv2", ge=0
@@ -41,11 +41,7 @@ class TeacherOptimSettings(OptimSettings):
     """The same of a method whose teacher is a moving average of the student."""
 
     teacher_momentum: float = setting(
-        0.992,
-        "of the moving average, at the start; 1 to its end: the teacher stays what it is",
-        source="Table 6",
-        ge=0,
-        le=1,
+        0.992, "of its average, at the start; 1 to the end: it stays what it is", source="Table 6", ge=0, le=1
     )
     teacher_momentum_end: float = setting(1.0, "at the end, cosine", source="DINOv2", ge=0, le=1)
 
@@ -73,13 +69,9 @@ def parameter_groups(
         if parameter.requires_grad:
             kind = decays(name), not name.startswith("backbone."), frozen_epochs(name)
             groups.setdefault(kind, []).append(parameter)
+    factors = {True: head_lr_factor, False: 1.0}
     return [
-        {
-            "params": p,
-            "decays": decay,
-            "lr_factor": head_lr_factor if is_head else 1.0,
-            "frozen_epochs": frozen,
-        }
+        {"params": p, "decays": decay, "lr_factor": factors[is_head], "frozen_epochs": frozen}
         for (decay, is_head, frozen), p in groups.items()
     ]
 
@@ -91,14 +83,13 @@ def empty_state(optimizer: torch.optim.Optimizer) -> None:
             device = p.device if group["fused"] else "cpu"
             optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
             }
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, epoch: int) -> None:
-    """This iteration's values into the groups of :func:`parameter_groups`; ``epoch`` is the number of
-    whole epochs done."""
+    """This iteration's values into the groups of :func:`parameter_groups`; ``epoch``: whole epochs done."""
     for group in optimizer.param_groups:
         group["lr"] = (0.0 if epoch < group["frozen_epochs"] else lr) * group["lr_factor"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -115,8 +106,7 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A device would have to be waited for: there everything is multiplied, by 1 where the norm is small
-        # enough.
+        # A device would have to be waited for: there all is multiplied, by 1 where the norm is small enough.
         if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         norms.append(norm)
@@ -125,11 +115,6 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (of a sharded one,
-    this rank's shard)."""
-    ours, theirs = _local(teacher.parameters()), _local(student.parameters())
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (this rank's shard)."""
+    ours, theirs = ([local(p) for p in network.parameters()] for network in (teacher, student))
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
-
-
-def _local(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]

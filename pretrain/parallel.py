@@ -1,13 +1,11 @@
-"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and
-optimizer are sharded)."""
+"""How ranks share a step: one process, DDP (each holds everything), FSDP2 (sharded weights and optimizer)."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import distributed
@@ -16,8 +14,7 @@ from pretrain.settings import Settings, setting
 
 
 class StepSettings(Settings):
-    """How a step is computed: the same losses and gradients, but for what ``accumulate`` says of what is
-    drawn."""
+    """How a step is computed: the same losses and gradients, but for what ``accumulate`` says of drawing."""
 
     in_recipe = False
     fixed = False
@@ -25,22 +22,18 @@ class StepSettings(Settings):
     accumulate: int = setting(
         1,
         "micro-batches of a rank's batch, in turn; each draws its own dropped paths, koleo_scope=local looks within one",
-        source="ours",
         ge=1,
     )
     checkpointing: Literal["none", "full", "selective"] = setting(
         "none",
         "none | full (blocks are computed again in the backward pass) | selective (matrix products are kept)",
-        source="ours",
     )
-    compile: bool = setting(False, "torch.compile, block by block", source="ours")
+    compile: bool = setting(False, "torch.compile, block by block")
     parallel: Literal["ddp", "fsdp2"] = setting(
-        "ddp", "several ranks: ddp | fsdp2 (sharded parameters and optimizer)", source="ours"
+        "ddp", "several ranks: ddp | fsdp2 (sharded parameters and optimizer)"
     )
     on_nan: Literal["stop", "skip"] = setting(
-        "stop",
-        "a loss or gradient that is not finite: stop | skip (that step changes nothing)",
-        source="ours",
+        "stop", "a loss or gradient that is not finite: stop | skip (that step changes nothing)"
     )
 
 
@@ -59,17 +52,15 @@ class Ranks:
         self.networks: list[Any] = [child for child in method.children() if isinstance(child, nn.ModuleDict)]
         self.is_sharded = distributed.world_size() > 1 and rule == "fsdp2"
         if compiled:
-            for network in self.networks:
-                for module in network.modules():
-                    if isinstance(module, Block):
-                        module.compile()
+            for module in method.modules():
+                if isinstance(module, Block):
+                    module.compile()
         self.call: nn.Module = method
         if self.is_sharded:
             for network in self.networks:
                 _shard(network)
         elif distributed.world_size() > 1:
-            # Which parameters get a gradient does not change from step to step; centers are kept equal by
-            # their own reduction.
+            # The parameters that get a gradient never change; centers are kept equal by their own reduction.
             self.call = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -77,27 +68,20 @@ class Ranks:
         return self.call(*arguments)
 
     def averaging(self, now: bool) -> AbstractContextManager[Any]:
-        """Around a forward and backward pass: whether its gradients, with those before, are averaged over
-        the ranks in it."""
+        """Around a forward and backward pass: whether the ranks average its gradients, with those before."""
+        if self.is_sharded:
+            for module in self.student.values():
+                module.set_requires_gradient_sync(now)
         if isinstance(self.call, DistributedDataParallel) and not now:
             return self.call.no_sync()
-        return self._sharded_averaging(now) if self.is_sharded else nullcontext()
+        return nullcontext()
 
     def reshard(self) -> None:
-        """Give back what a forward pass gathered and no backward pass has: the teacher's, before it is
-        moved and saved."""
+        """Give back what a forward pass gathered and no backward pass has: the teacher's, before it moves."""
         if self.is_sharded:
             for network in self.networks:
                 for module in network.values():
-                    assert isinstance(module, FSDPModule)
                     module.reshard()
-
-    @contextmanager
-    def _sharded_averaging(self, now: bool) -> Iterator[None]:
-        for module in self.student.values():
-            assert isinstance(module, FSDPModule)
-            module.set_requires_gradient_sync(now)
-        yield
 
 
 def _shard(network: nn.ModuleDict) -> None:

@@ -1,5 +1,4 @@
-"""Typed settings: a model beside the code that reads it, and one way to load, check, change, compare and
-print it.
+"""Typed settings: a model beside the code that reads it; one way to load, check, change, compare, print it.
 
 All three packages use this module, for runs, protocols, comparisons and results. A field carries its default,
 its range, what it means and where its value comes from (:func:`setting`). Text never passes through YAML's
@@ -13,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -27,8 +27,7 @@ KEY = "\0"  # the place of a key in an error; no file's name holds it
 
 
 class Settings(BaseModel):
-    """Base of every group of settings: immutable, no unknown key, no wrong type, no number that is not
-    finite.
+    """Base of every group of settings: immutable, no unknown key, no wrong type, only finite numbers.
 
     Class attributes:
         renamed: {old dotted key: new one}, relative to this model. Old words, files and saved runs still
@@ -49,8 +48,8 @@ Model = TypeVar("Model", bound=Settings)
 def setting(
     default: Any,
     text: str,
+    source: str = "ours",
     *,
-    source: str,
     in_recipe: bool = True,
     fixed: bool = True,
     settable: bool = True,
@@ -69,6 +68,9 @@ def setting(
     extra: dict[str, Any] = {"source": source, "in_recipe": in_recipe, "fixed": fixed, "settable": settable}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**made, description=f"{text} [{source}]", json_schema_extra=extra, **limits)
+
+
+ours = partial(setting, source="ours")
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,6 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} stands twice")
         return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor(
-    "tag:yaml.org,2002:map",
-    lambda loader, node: loader.construct_mapping(node, deep=True),  # type: ignore[arg-type]
-)
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -195,10 +191,7 @@ def read_words(words: Sequence[str]) -> Layer:
     Raises:
         UserError: a word without ``=``, a key that is given twice, or a word that is no UTF-8.
     """
-    values: dict[str, Any] = {}
-    for key, text in split_words(words).items():
-        put(values, key, text)
-    return Layer("command line", values)
+    return Layer("command line", opened(split_words(words)))
 
 
 def split_words(words: Sequence[str]) -> dict[str, str]:
@@ -233,17 +226,24 @@ def nested(
     return values
 
 
+def opened(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """{"group.key": value} as nested values, each value as it is."""
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        put(values, key, value)
+    return values
+
+
 def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested values."""
     *groups, last = key.split(".")
+    both = "is given as a value and as a group of keys; give one of them"
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise UserError(
-                f"config: {key}: {group} is given as a value and as a group of keys; give one of them"
-            )
+            raise UserError(f"config: {key}: {group} {both}")
     if isinstance(values.get(last), dict):
-        raise UserError(f"config: {key} is given as a value and as a group of keys; give one of them")
+        raise UserError(f"config: {key} {both}")
     values[last] = value
 
 
@@ -260,8 +260,7 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
         UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and
             file.
     """
-    # A group's default may differ from its model's defaults: a layer that sets one key of it keeps the
-    # others.
+    # A group's default may differ from its model's: a layer that sets one key of it keeps the others.
     defaults = {key: info.default for key, info in model.model_fields.items()}
     merged = {key: group.model_dump() for key, group in defaults.items() if isinstance(group, Settings)}
     origins: dict[str, str] = {}
@@ -275,15 +274,10 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
 
 
 def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") -> Model:
-    """The settings with some dotted keys changed, to values or their text; all is checked again. Errors as
-    :func:`build`."""
-    values: dict[str, Any] = {}
-    for key, value in changes.items():
-        put(values, key, value)
-    typed = _typed_group(type(settings), upgraded(type(settings), values), f"{what}: {KEY}", "")
-    merged = settings.model_dump()
-    _merge(merged, typed)
-    return validated(type(settings), merged, what)
+    """The settings with some dotted keys changed, to values or their text; checked as by :func:`build`."""
+    model, merged = type(settings), settings.model_dump()
+    _merge(merged, _typed_group(model, upgraded(model, opened(changes)), f"{what}: {KEY}", ""))
+    return validated(model, merged, what)
 
 
 def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,16 +288,12 @@ def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         holder = new.get(group) if group else new
         if isinstance(holder, dict) and key in holder:
             value = holder.pop(key)
-            items = (
-                {f"{name}.{inner}": item for inner, item in value.items()}
-                if isinstance(value, Mapping)
-                else {name: value}
-            )
+            is_group = isinstance(value, Mapping)
+            items = {f"{name}.{inner}": v for inner, v in value.items()} if is_group else {name: value}
             for key, item in items.items():
-                if _holds(new, key):
-                    raise UserError(
-                        f"config: {old} is the old name of {key}, and both are given; give {key} alone"
-                    )
+                if any(f"{there}.".startswith(f"{key}.") for there in flat(new)):
+                    both = f"{old} is the old name of {key}, and both are given"
+                    raise UserError(f"config: {both}; give {key} alone")
                 put(new, key, item)
             if group and not holder:
                 new.pop(group)
@@ -311,12 +301,6 @@ def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         if _is_group(info.annotation) and isinstance(new.get(key), Mapping):
             new[key] = upgraded(info.annotation, new[key])  # type: ignore[arg-type]
     return new
-
-
-def _holds(values: Any, key: str) -> bool:
-    """Whether nested values hold a value, or a group, under a dotted key."""
-    group, dot, rest = key.partition(".")
-    return isinstance(values, Mapping) and group in values and (not dot or _holds(values[group], rest))
 
 
 def _is_group(annotation: Any) -> bool:
@@ -373,8 +357,7 @@ def _dotted(loc: Sequence[str | int]) -> str:
 
 
 def _typed_group(model: type[Settings], values: Any, where: str, prefix: str) -> dict[str, Any]:
-    """Nested values in the types of a model's fields; ``where`` is an error's beginning, with a place for
-    the key."""
+    """Nested values in the types of a model's fields; ``where``: an error's beginning, KEY in it."""
     if not isinstance(values, Mapping):
         key = prefix.rstrip(".") or "it"
         raise UserError(f"{where.replace(KEY, key)} is a group of keys, not {shown(values)}; set {key}.KEY")
@@ -402,8 +385,7 @@ def _typed_key(kind: Any, value: Any, where: str, name: str) -> Any:
 
 
 def _flag(info: Any, name: str) -> bool:
-    extra = info.json_schema_extra
-    return bool(extra.get(name, True)) if isinstance(extra, dict) else True
+    return bool((info.json_schema_extra or {}).get(name, True))
 
 
 def typed_value(kind: Any, value: Any, where: str = KEY, name: str = "value") -> Any:
@@ -452,11 +434,8 @@ def _typed_tuple(parts: tuple[Any, ...], value: Any, where: str, name: str) -> t
 def _typed_scalar(kind: Any, value: Any) -> Any:
     """A number, a bool or a text; a Literal's check is pydantic's."""
     if not isinstance(value, str):
-        if (
-            kind is str
-            or isinstance(value, Mapping | list | tuple)
-            or (isinstance(value, bool) and kind is not bool)
-        ):
+        is_bool = isinstance(value, bool) and kind is not bool
+        if is_bool or kind is str or isinstance(value, Mapping | list | tuple):
             raise TypeError
         return float(value) if kind is float and isinstance(value, int) else value
     value.encode()  # a lone surrogate: bytes of a command line that are no UTF-8
@@ -494,8 +473,7 @@ def _kind_name(kind: Any) -> str:
 
 
 def plain(text: str) -> Any:
-    """A text where no type says how to read it: null, true, false, a number, a list of these, or the text
-    itself."""
+    """A text where no type says how to read it: null, true, false, a number, a list of these, or itself."""
     if text in NOTHING[:4]:
         return None
     if text in ("true", "false"):
@@ -547,20 +525,17 @@ def flat(values: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def differences(reference: Settings, settings: Settings) -> dict[str, list[Any]]:
-    """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one
-    has no such key."""
+    """{dotted key: [the reference's value, the settings']} of all that differs; None: it has no such key."""
     return compared(as_dict(reference), as_dict(settings))
 
 
 def compared(before: Mapping[Any, Any], now: Mapping[Any, Any], prefix: str = "") -> dict[str, list[Any]]:
-    """:func:`differences` of nested plain values. Lists of mappings are compared item by item:
-    ``hooks.2.type``."""
+    """:func:`differences` of nested plain values. Lists of mappings go item by item: ``hooks.2.type``."""
     found: dict[str, list[Any]] = {}
     for key in {**before, **now}:
         a, b = _opened(before.get(key)), _opened(now.get(key))
-        if isinstance(a or b, Mapping) and all(
-            isinstance(value, Mapping) or value in (None, []) for value in (a, b)
-        ):
+        are_open = all(isinstance(value, Mapping) or value in (None, []) for value in (a, b))
+        if isinstance(a or b, Mapping) and are_open:
             found |= compared(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             found[f"{prefix}{key}"] = [before.get(key), now.get(key)]
@@ -589,8 +564,7 @@ def keys_where(model: type[Settings], flag: str, value: bool) -> frozenset[str]:
 
 
 def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
-    """The settings as YAML that loads again; each line ends with what the key means and where its value
-    comes from."""
+    """The settings as YAML that loads again; lines end with what a key means and where its value is from."""
     origins = {}
     for layer in layers:
         for key in flat(upgraded(type(settings), layer.values)):
@@ -601,13 +575,11 @@ def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
     for key, info, _ in sorted(fields(type(settings)), key=lambda item: "." in item[0]):
         parent, _, name = key.rpartition(".")
         if parent != group:
-            depth = parent.count(".")
-            lines += ["", f"{'  ' * depth}{parent.rpartition('.')[2]}:"]
+            lines += ["", f"{'  ' * parent.count('.')}{parent.rpartition('.')[2]}:"]
             group = parent
         value = _readable(json.dumps(values.get(key, {}), ensure_ascii=False))
-        indent = "  " * (key.count("."))
         origin = f"; here: {_readable(origins[key])}" if key in origins else ""
-        lines.append(f"{indent}{name}: {value}".ljust(40) + f"  # {info.description}{origin}")
+        lines.append(f"{'  ' * key.count('.')}{name}: {value}".ljust(40) + f"  # {info.description}{origin}")
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -618,15 +590,10 @@ def _readable(text: str) -> str:
 
 
 def json_schema(model: type[Settings]) -> dict[str, Any]:
-    """The JSON schema of a YAML file of a model's settings, for editors that complete and check it;
-    ``base`` is allowed in it."""
+    """The JSON schema of a YAML file of settings, with ``base``, for editors that complete and check it."""
     schema = _without_marks(model.model_json_schema())
-    base = {
-        "type": ["string", "array"],
-        "items": {"type": "string"},
-        "description": "files, or recipes, that it changes",
-    }
-    schema["properties"]["base"] = base
+    base = {"type": ["string", "array"], "items": {"type": "string"}}
+    schema["properties"]["base"] = {**base, "description": "files, or recipes, that it changes"}
     return schema
 
 

@@ -39,8 +39,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
     def on_any_rank(self) -> bool:
-        """Whether any rank got a signal. Every rank must call this at the same iteration, and all get the
-        same answer."""
+        """Whether any rank got a signal, the same for all, which must call this at one iteration."""
         return distributed.any_over_ranks(self.received is not None)
 
     def __exit__(

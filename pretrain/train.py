@@ -111,9 +111,8 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
     """
     config, folder = trainer.config, Path(trainer.config.run.output)
     if not resume and checkpoints.whole_directories(folder):
-        raise UserError(
-            f"run.output: {folder} already holds a run; go on with --resume, or choose another folder"
-        )
+        held = f"{folder} already holds a run"
+        raise UserError(f"run.output: {held}; go on with --resume, or choose another folder")
     found, messages = checkpoints.find(folder, resume) if resume else (None, [])
     for message in messages:
         log(message)
@@ -133,13 +132,10 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
             log(message)
         assert earlier is not None  # what is asked for by name is there, or find raises
         networks = trainer.networks()
-        left = sorted(
-            name for name in earlier.contents() if name.startswith("method.") and name not in networks
-        )
+        left = {name for name in earlier.contents() if name.startswith("method.")} - networks.keys()
         if left:
-            raise UserError(
-                f"run.init_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}"
-            )
+            names = ", ".join(sorted(left)[:4])
+            raise UserError(f"run.init_from: {earlier.path} has networks that this run has not: {names}")
         checkpoints.load(earlier, networks)
     return Totals()
 
@@ -178,14 +174,11 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     changed = {key: pair for key, pair in pairs.items() if key not in free}
     if changed:
         told = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
-        raise UserError(
-            f"resume: {found.path} was made with other settings: {told}; set them back, or choose another run.output"
-        )
+        made = f"{found.path} was made with other settings: {told}"
+        raise UserError(f"resume: {made}; set them back, or choose another run.output")
     if found.meta["n_images"] != n_images:
-        now = f"{config.data.root} has {n_images}"
-        raise UserError(
-            f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change"
-        )
+        now = f"over {found.meta['n_images']} images, but {config.data.root} has {n_images}"
+        raise UserError(f"resume: the run was {now}: order and schedule would change")
 
 
 def with_method_of(config: TrainSettings, saved: Any) -> Any:
@@ -216,41 +209,32 @@ class Run:
 
     def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Totals, signals: StopSignals) -> None:
         config = trainer.config
-        self.config, self.trainer, self.dataset, self.before, self.signals = (
-            config,
-            trainer,
-            dataset,
-            before,
-            signals,
-        )
-        self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
+        self.config, self.trainer, self.dataset, self.signals = config, trainer, dataset, signals
+        self.before, self.now = before, before
+        self.started, self.folder = time.time(), Path(config.run.output)
         # of the whole run; of this rank since the last look
-        self.broken, self.read = (BrokenFiles(**before.broken), BrokenFiles())
+        self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()
         # losses not looked at yet, still on the device
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
-        self.probes = Probes(
-            config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main()
-        )
+        is_main, patch_size = distributed.is_main(), config.backbone.patch_size
+        self.probes = Probes(config.probes, config.data, patch_size, reads=is_main)
         if config.probes.position and self.probes.is_wanted and not learns_positions(trainer):
             never = f"method={config.method} as it is set never learns a position mask token"
             raise UserError(f"probes.position=true, but {never}; set probes.position=false")
-        weights = config.backbone.weights if distributed.is_main() else ""
         # looked at now: at the end of the run the file may be gone
-        self.started_from = metadata(weights) if weights else {}
+        weights = config.backbone.weights
+        self.started_from = metadata(weights) if weights and is_main else {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = config.log
-        self.writer = checkpoints.Writer(
-            self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints
-        )
+        log, is_sharded = config.log, trainer.ranks.is_sharded
+        self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, is_sharded, log.async_checkpoints)
         self.speed = Speed(config.optim.batch_size)
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
-        if distributed.is_main():
+        if is_main:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
-            self.line = ProgressLine(
-                f"pretrain {run_name(config)}", trainer.length.total_iters, trainer.iteration
-            )
+            title = f"pretrain {run_name(config)}"
+            self.line = ProgressLine(title, trainer.length.total_iters, trainer.iteration)
 
     def loop(self, end: int) -> None:
         """Iterations up to ``end``, with logs, probes and checkpoints."""
@@ -261,10 +245,8 @@ class Run:
             for micro_batches, unreadable, waited_s in by_iteration(loader, config.step.accumulate):
                 it, done = trainer.iteration, trainer.iteration + 1
                 is_last = done == trainer.length.total_iters
-                is_logged, is_due = (
-                    it % log.every == 0 or is_last,
-                    done % log.checkpoint_every == 0 or done == end,
-                )
+                is_logged = it % log.every == 0 or is_last
+                is_due = done % log.checkpoint_every == 0 or done == end
                 logs = trainer.step(micro_batches, examine=is_logged)
                 self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
@@ -279,9 +261,8 @@ class Run:
                         self.save(done)
                 if stopping and not is_last:
                     self.writer.wait()
-                    raise Interrupted(
-                        f"{self.signals.received or 'another rank was signalled'}; saved at iteration {done}"
-                    )
+                    signal = self.signals.received or "another rank was signalled"
+                    raise Interrupted(f"{signal}; saved at iteration {done}")
             self.writer.wait()
         except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
@@ -291,8 +272,7 @@ class Run:
                 self.line.close()
 
     def log_metrics(self, it: int, logs: StepLogs, is_logged: bool) -> None:
-        """Bring the losses since the last time to the host, refuse what is not finite, and log the last
-        ones."""
+        """Bring the losses since the last time to the host, refuse what is not finite, log the last ones."""
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.time() - self.started
@@ -307,13 +287,9 @@ class Run:
         )
         if self.log and self.line and is_logged:
             self.log.write("metrics", it, {**losses, **logs.scheduled})
-            speed = {
-                "img_per_s": self.speed.img_per_s,
-                "data_wait": self.speed.data_wait,
-                "broken_images": len(self.broken.files),
-            }
-            speed["peak_memory_gb"] = peak_memory_gb(self.trainer.device)
-            self.log.write("speed", it, speed)
+            speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
+            memory = {"peak_memory_gb": peak_memory_gb(self.trainer.device)}
+            self.log.write("speed", it, {**speed, "broken_images": len(self.broken.files), **memory})
             left = self.trainer.length.total_iters - it - 1
             line = describe(losses, logs.terms, self.speed, self.trainer.device)
             self.line.update(it + 1, line, self.speed.eta_s(left))
@@ -344,10 +320,8 @@ class Run:
         backbone = self.trainer.exported_backbone()
         if self.log and self.log.shows_images and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
-            crops = seen.global_crops, seen.local_crops
-            self.log.images(
-                it, training_images(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast)
-            )
+            views = seen.global_crops, seen.local_crops, seen.views, seen.masks
+            self.log.images(it, training_images(backbone, *views, autocast=self.trainer.autocast))
 
     def probe(self, done: int) -> None:
         """Ask the probes about the network that the run leaves, where it is time."""
@@ -382,23 +356,17 @@ class Run:
             checkpoints.consolidate(last, self.folder)
         origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
-        path = self.folder / "backbone.safetensors"
-        save_backbone(
-            path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin
-        )
+        path, name = self.folder / "backbone.safetensors", config.backbone.name
+        save_backbone(path, state, name=name, model_kwargs=backbone.model_kwargs, provenance=origin)
+        counts = {"img_per_s": now.img_per_s, "n_skipped": now.n_skipped}
+        counts["broken_images"] = len(self.broken.files)
         result = Result(
             kind="pretrain",
             method=run_name(config),
-            backbone=config.backbone.name,
+            backbone=name,
             effective_epochs=origin["effective_epochs"],
             protocol=run_protocol(config, len(self.dataset)),
-            metrics={
-                **now.losses,
-                **now.probes,
-                "img_per_s": now.img_per_s,
-                "n_skipped": now.n_skipped,
-                "broken_images": len(self.broken.files),
-            },
+            metrics={**now.losses, **now.probes, **counts},
             seed=config.run.seed,
             wall_time_s=now.wall_time_s,
             loss_terms=now.loss_terms,
@@ -408,8 +376,7 @@ class Run:
         write_result(result, self.folder)
 
     def origin(self) -> dict[str, Any]:
-        """What the backbone says of itself. Epochs and images are this run's alone; ``started_from`` tells
-        of those before."""
+        """What the backbone says of itself: of this run alone; ``started_from`` tells of those before."""
         config, crops = self.config, self.config.view_settings().crops
         seen = self.trainer.length.total_iters * config.optim.batch_size / len(self.dataset)
         epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
@@ -425,8 +392,7 @@ class Run:
 
 
 def metadata(weights: str) -> dict[str, Any]:
-    """Of what a run starts from: the file's name, its hash, and its method and effective epochs where it
-    says them."""
+    """Of what a run starts from: the file's name, hash, and method and effective epochs if it says them."""
     said = read_checkpoint(weights).provenance
     known = {key: said[key] for key in ("method", "effective_epochs") if said.get(key) is not None}
     return {"file": Path(weights).name, "hash": file_hash(weights), **known}
@@ -435,8 +401,7 @@ def metadata(weights: str) -> dict[str, Any]:
 def by_iteration(
     loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_micro_batches: int
 ) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
-    """An iteration's micro-batches, the images that could not be read, and how long the data was waited
-    for (s)."""
+    """An iteration's micro-batches, the images that could not be read, and the seconds spent waiting."""
     micro_batches, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
     batches = iter(loader)
     try:
@@ -449,8 +414,7 @@ def by_iteration(
                 micro_batches, unreadable, waited_s = [], [], 0.0
             since = time.perf_counter()
     finally:
-        # Workers ignore SIGTERM: whatever holds an iterator that broke off (a traceback) would keep the
-        # process from ending.
+        # Workers ignore SIGTERM: what holds a broken-off iterator (a traceback) would keep the process alive.
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
 

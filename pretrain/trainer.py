@@ -1,6 +1,6 @@
 """The state of a pre-training run, and one step of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.methods import TrainSettings, find_method
 from pretrain.methods.method import LossTerms, Progress
-from pretrain.optim import clip_gradients, empty_state, set_schedules
+from pretrain.optim import OptimSettings, clip_gradients, empty_state, set_schedules
 from pretrain.parallel import Ranks
 from pretrain.schedules import cosine, scaled_lr, warmup_cosine
 from pretrain.views.batch import Batch
@@ -37,29 +37,19 @@ class Length:
         optim = config.optim
         epoch_iters = optim.epoch_iters or n_images // optim.batch_size
         if not epoch_iters:
-            few = f"the {n_images} images of {config.data.root}"
-            raise UserError(
-                f"config: optim.batch_size={optim.batch_size} is more than {few}; lower it, or set optim.epoch_iters"
-            )
+            few = f"is more than the {n_images} images of {config.data.root}"
+            way = "lower it, or set optim.epoch_iters"
+            raise UserError(f"config: optim.batch_size={optim.batch_size} {few}; {way}")
         return Length(epoch_iters, optim.epochs * epoch_iters, optim.warmup_epochs * epoch_iters)
 
 
-@dataclass(frozen=True)
-class Scheduled:
-    """What the schedules say at one iteration."""
-
-    lr: float
-    weight_decay: float
-
-    @staticmethod
-    def at(iteration: int, config: TrainSettings, length: Length) -> "Scheduled":
-        """METHOD.md 6: warm-up and cosine of the lr, cosine of the weight decay."""
-        optim = config.optim
-        peak = scaled_lr(optim.base_lr, optim.batch_size, optim.lr_rule)
-        return Scheduled(
-            warmup_cosine(iteration, length.total_iters, length.warmup_iters, peak, optim.min_lr),
-            cosine(iteration, length.total_iters, optim.weight_decay, optim.weight_decay_end),
-        )
+def scheduled_at(iteration: int, optim: OptimSettings, length: Length) -> dict[str, float]:
+    """METHOD.md 6: warm-up and cosine of the ``lr``, cosine of the ``weight_decay``."""
+    total_iters, peak = length.total_iters, scaled_lr(optim.base_lr, optim.batch_size, optim.lr_rule)
+    return {
+        "lr": warmup_cosine(iteration, total_iters, length.warmup_iters, peak, optim.min_lr),
+        "weight_decay": cosine(iteration, total_iters, optim.weight_decay, optim.weight_decay_end),
+    }
 
 
 @dataclass(frozen=True)
@@ -78,8 +68,7 @@ class StepLogs:
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, AbstractContextManager[Any]]:
-    """Dtype of the parameters and the autocast context of a step; ``auto`` is bf16 on CUDA, float32
-    elsewhere."""
+    """Dtype of the parameters and autocast context of a step; ``auto``: bf16 on CUDA, float32 elsewhere."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "float32"
     if name == "bf16":
@@ -104,9 +93,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.method = find_method(config.method)(config).to(self.device, self.dtype)
         self.ranks = Ranks(self.method, config.step.parallel, compiled=config.step.compile)
-        self.optimizer = torch.optim.AdamW(
-            self.method.parameter_groups(), betas=config.optim.betas, fused=True
-        )
+        groups = self.method.parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
         empty_state(self.optimizer)
         self.iteration, self.n_skipped = 0, 0
 
@@ -119,8 +107,8 @@ class Trainer:
         """
         config, length = self.config, self.length
         progress = Progress(self.iteration, length.total_iters, length.epoch_iters, config.run.seed)
-        now = Scheduled.at(self.iteration, config, length)
-        set_schedules(self.optimizer, now.lr, now.weight_decay, self.iteration // length.epoch_iters)
+        scheduled = scheduled_at(self.iteration, config.optim, length)
+        set_schedules(self.optimizer, **scheduled, epoch=self.iteration // length.epoch_iters)
         here = [batch.to(self.device, self.dtype) for batch in micro_batches]
         progress.seed_micro_batch(0)  # what preparing and examining draw, a resumed run draws alike
         with self.autocast:
@@ -129,12 +117,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(here, prepared, progress)
         self.ranks.reshard()
-        losses = {
-            "loss": loss.total,
-            **loss.terms,
-            "grad_norm": clip_gradients(self.method.student, config.optim.clip_grad),
-        }
-        scheduled = {"lr": now.lr, "weight_decay": now.weight_decay}
+        grad_norm = clip_gradients(self.method.student, config.optim.clip_grad)
+        losses = {"loss": loss.total, **loss.terms, "grad_norm": grad_norm}
         if config.step.on_nan == "skip" and not self.is_finite(losses):
             self.n_skipped += 1
         else:
@@ -144,8 +128,7 @@ class Trainer:
         return StepLogs(losses | signs, tuple(loss.terms), scheduled)
 
     def backward(self, micro_batches: Sequence[Batch], prepared: Any, progress: Progress) -> LossTerms:
-        """Gradients of the batch's loss, one micro-batch after the other; returns their mean loss and
-        terms."""
+        """Gradients of the batch's loss, one micro-batch after the other; returns mean loss and terms."""
         n, sums, terms = len(micro_batches), list[Tensor](), dict[str, Tensor]()
         for i, batch in enumerate(micro_batches):
             progress.seed_micro_batch(i)
@@ -156,8 +139,7 @@ class Trainer:
             sums.append(loss.total.detach())
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + term.detach() / n
-        # What couples the micro-batches may count in the total of each: then only the terms' sum is the
-        # batch's loss.
+        # What couples micro-batches may count in the total of each: then only the terms' sum is the batch's.
         return LossTerms(sums[0] if n == 1 else torch.stack(list(terms.values())).sum(), terms)
 
     def is_finite(self, losses: Mapping[str, Tensor]) -> bool:
@@ -170,17 +152,15 @@ class Trainer:
 
         ``method.*``: networks and buffers; ``optimizer.PARAMETER.*``: AdamW's moments and step.
         """
-        state = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
-        return state | dict(self._moments())
-
-    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        state = self.networks()
         for name, parameter in self.method.student.named_parameters():
-            for key, tensor in self.optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{name}.{key}", tensor
+            moments = self.optimizer.state.get(parameter, {})
+            state |= {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+        return state
 
     def networks(self) -> dict[str, Tensor]:
         """The part of :meth:`tensors` that another run can start from: networks, heads and centers."""
-        return {name: tensor for name, tensor in self.tensors().items() if name.startswith("method.")}
+        return {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
 
     def exported_backbone(self) -> ViT | None:
         """The backbone that the run leaves (:meth:`Method.exported_backbone`), whole; of a sharded one a
@@ -188,9 +168,8 @@ class Trainer:
         backbone = self.method.exported_backbone()
         if not self.ranks.is_sharded:
             return backbone
-        state = {
-            k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()
-        }
+        state = backbone.state_dict()
+        state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
         if not distributed.is_main():
             return None
         whole = ViT(**backbone.model_kwargs).to(self.device, self.dtype)

@@ -1,5 +1,4 @@
-"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a
-``VisionTransformer`` too)."""
+"""The registry's ViT as a backbone of MMSegmentation (which has a ``VisionTransformer`` too): ``PosfieldViT``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,11 @@ class PosfieldViT(BaseModule):
 
     Args:
         name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any checkpoint that ``build_for_fine_tuning`` reads. The constructor reads it, and mmengine's
-            ``init_weights`` changes nothing in this module.
+        weights: any checkpoint that ``build_for_fine_tuning`` reads, here; ``init_weights`` changes nothing.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
-        freeze: the ViT does not learn and drops no path. Its features are computed without a graph.
-        checkpointing: recompute the blocks in the backward pass. Less memory, the same numbers.
-        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``,
-            ``pos_encoding``, ...).
+        freeze: the ViT does not learn, drops no path, and makes no graph.
+        checkpointing: recompute the blocks in the backward pass: less memory, the same numbers.
+        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
@@ -52,7 +49,15 @@ class PosfieldViT(BaseModule):
     ) -> None:
         # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
         super().__init__(init_cfg=None)
-        self.weights = _one_source(weights, init_cfg)
+        if init_cfg is not None:
+            if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
+                told = "init_cfg can only be dict(type='Pretrained', checkpoint=FILE)"
+                raise UserError(f"backbone: {told}, not {dict(init_cfg)}")
+            if weights is not None:
+                told = f"weights={str(weights)!r} and init_cfg's {init_cfg['checkpoint']!r}"
+                raise UserError(f"backbone: {told} are both given")
+            weights = init_cfg["checkpoint"]
+        self.weights = None if weights is None else str(weights)
         self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"
         self.freeze = freeze
@@ -69,33 +74,15 @@ class PosfieldViT(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """[B, 3, H, W] normalized pixels -> one map that covers exactly these H x W pixels.
 
-        If p divides H and W, it is [B, D, H/p, W/p]. Otherwise the ViT pads at the bottom and on the right to
-        whole patches, and its map covers the padding. A head that stretches its logits to H x W, like
-        mmseg's, would squeeze the image. So the map is resized to pixels by the heads' own bilinear rule, and
-        the padding is cut off: [B, D, H, W]. A linear head commutes with both, so its logits are exactly
-        those of the padded image, cropped.
+        If p divides H and W, it is [B, D, H/p, W/p]. Otherwise the ViT pads to whole patches, and a head that
+        stretches its logits to H x W, like mmseg's, would squeeze the image. So the map is resized to pixels
+        by the heads' own bilinear rule, and the padding is cut off: [B, D, H, W]. A linear head commutes with
+        both: its logits are exactly those of the padded image, cropped.
         """
         (height, width), patch = x.shape[2:], self.vit.patch_size
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             (tokens,) = self.vit.forward_views([ViewGroup(x)])  # equals forward(x), with checkpointing
         features = tokens.patches.transpose(1, 2).unflatten(2, (-(-height // patch), -(-width // patch)))
         if height % patch or width % patch:
-            features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)[
-                ..., :height, :width
-            ]
-        return (features,)
-
-
-def _one_source(weights: str | Path | None, init_cfg: Mapping[str, Any] | None) -> str | None:
-    """The checkpoint, by whichever of the two names it."""
-    if init_cfg is not None:
-        if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
-            raise UserError(
-                f"backbone: init_cfg can only be dict(type='Pretrained', checkpoint=FILE), not {dict(init_cfg)}"
-            )
-        if weights is not None:
-            raise UserError(
-                f"backbone: weights={str(weights)!r} and init_cfg's {init_cfg['checkpoint']!r} are both given"
-            )
-        weights = init_cfg["checkpoint"]
-    return None if weights is None else str(weights)
+            features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)
+        return (features[..., :height, :width],)

@@ -1,7 +1,7 @@
 """Our ViT in a segmentor against MMSegmentation's own: the same weights, time and memory of forward and
 backward passes."""
 
-from statistics import median
+import re
 from typing import Any
 
 import torch
@@ -9,24 +9,17 @@ from mmseg.models.backbones import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.backbones.vit import ViT
-from pretrain.benchmark.turns import Work, in_turns, ratio
+from pretrain.benchmark.turns import Work, in_turns, report
 from pretrain.device import choose_device
 from pretrain.registry import BACKBONES
 from seg_plugin.backbone import PosfieldViT
 
-CROP_PX, BATCH_SIZE = 512, 2
 CONTENDERS = ("mmseg", "ours", "ours, checkpointed")
 TOLERANCE = 1e-4  # of outputs and input gradients, which are of the order of 1
 
 
 def measure(
-    backbone: str,
-    rounds: int,
-    device: str = "auto",
-    *,
-    crop_px: int = CROP_PX,
-    batch_size: int = BATCH_SIZE,
-    depth: int = 0,
+    backbone: str, rounds: int, device: str = "auto", crop_px: int = 512, batch_size: int = 2, depth: int = 0
 ) -> dict[str, Any]:
     """Our backbone over MMSegmentation's, in float32. Ours has no drop path, LayerScale or registers here,
     like theirs.
@@ -50,31 +43,25 @@ def measure(
     check_alike(backbone, crop_px, depth, where)
     task = backbone, crop_px, batch_size, depth, where
     found = in_turns({name: (work, (name, *task)) for name in CONTENDERS}, str(where), rounds)
-    ratios: dict[str, float] = {}
-    for suffix, name in (("", "ours"), ("_checkpointed", "ours, checkpointed")):
-        ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], found["mmseg"]).items()}
-    return {
-        **ratios,
-        "seconds": {name: round(median(figures.seconds), 4) for name, figures in found.items()},
-        "peak_mib": {name: round(figures.peak_mib, 1) for name, figures in found.items()},
-        "backbone": backbone,
-        "crop_px": crop_px,
-        "batch_size": batch_size,
-        "device": str(where),
-        "threads": torch.get_num_threads(),
-    }
+    ratios = {"{}_ratio": ("ours", "mmseg"), "{}_ratio_checkpointed": ("ours, checkpointed", "mmseg")}
+    asked = {"backbone": backbone, "crop_px": crop_px, "batch_size": batch_size, "device": str(where)}
+    return report(found, ratios) | asked
 
 
 def work(name: str, backbone: str, crop_px: int, batch_size: int, depth: int, device: torch.device) -> Work:
     """One forward and backward pass of a contender."""
-    model = contender(name, backbone, crop_px, depth).to(device)
-    x = torch.randn(batch_size, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0)).to(device)
+    model, image = contender(name, backbone, crop_px, depth).to(device), noise(batch_size, crop_px, device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        forward_backward(model, x)
+        forward_backward(model, image)
 
     return step
+
+
+def noise(n: int, px: int, device: torch.device) -> Tensor:
+    """The same [n, 3, px, px] for all."""
+    return torch.randn(n, 3, px, px, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -> None:
@@ -82,11 +69,7 @@ def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -
     rounding."""
     expected = None
     for name in CONTENDERS:
-        image = (
-            torch.randn(1, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
-            .to(device)
-            .requires_grad_()
-        )
+        image = noise(1, crop_px, device).requires_grad_()
         features = forward_backward(contender(name, backbone, crop_px, depth).to(device), image)
         assert image.grad is not None
         found = features, image.grad
@@ -110,8 +93,7 @@ def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
     model_kwargs: dict[str, Any] = {"pos_grid": crop_px // 16, **({"depth": depth} if depth else {})}
     if name != "mmseg":
         return PosfieldViT(backbone, checkpointing=name.endswith("checkpointed"), **model_kwargs)
-    ours: ViT = BACKBONES.get(backbone)(**model_kwargs)
-    return mmseg_vit(ours, crop_px)
+    return mmseg_vit(BACKBONES.get(backbone)(**model_kwargs), crop_px)
 
 
 def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
@@ -122,31 +104,25 @@ def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
     final norm.
     """
     size = ours.model_kwargs
-    theirs = VisionTransformer(
-        img_size=(image_px, image_px),
-        patch_size=size["patch_size"],
-        embed_dims=size["embed_dim"],
-        num_layers=size["depth"],
-        num_heads=size["num_heads"],
-        mlp_ratio=int(size["mlp_ratio"]),
-        norm_cfg={"type": "LN", "eps": size["ln_eps"]},
-        patch_bias=True,
-        final_norm=True,
-    )
-    names = {
-        "patch_embed.proj": "patch_embed.projection",
-        "attn.qkv.": "attn.attn.in_proj_",
-        "attn.proj": "attn.attn.out_proj",
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "mlp.fc1": "ffn.layers.0.0",
-        "mlp.fc2": "ffn.layers.1",
-        "blocks": "layers",
+    same = {key: size[key] for key in ("patch_size", "num_heads")}
+    same |= {
+        "embed_dims": size["embed_dim"],
+        "num_layers": size["depth"],
+        "mlp_ratio": int(size["mlp_ratio"]),
     }
+    norm = {"type": "LN", "eps": size["ln_eps"]}
+    theirs = VisionTransformer(image_px, norm_cfg=norm, patch_bias=True, final_norm=True, **same)
+    names = {r"patch_embed\.proj": "patch_embed.projection", "mlp.fc1": "ffn.layers.0.0", "blocks": "layers"}
+    names |= {
+        r"attn\.qkv\.": "attn.attn.in_proj_",
+        r"attn\.proj": "attn.attn.out_proj",
+        "mlp.fc2": "ffn.layers.1",
+    }
+    names |= {"norm1": "ln1", "norm2": "ln2", r"^norm\.": "ln1."}
     state: dict[str, Tensor] = {}
     for key, value in ours.state_dict().items():
         for our_name, their_name in names.items():
-            key = key.replace(our_name, their_name)
-        state["ln1" + key.removeprefix("norm") if key.startswith("norm.") else key] = value
+            key = re.sub(our_name, their_name, key)
+        state[key] = value
     theirs.load_state_dict(state)
     return theirs

@@ -1,13 +1,10 @@
 """What MMSegmentation 1.2.2 needs to run on mmcv-lite and on today's torch. ``import seg_plugin`` applies it.
 
-* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext``. So importing ``mmcv.ops``,
-  and with it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >=
-  2.12.)
-* torch >= 2.6 reads checkpoints with ``weights_only=True``, and mmengine's hold a few objects besides
-  tensors.
+* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext``, so importing ``mmcv.ops``, and with
+  it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >= 2.12.)
+* torch >= 2.6 reads checkpoints with ``weights_only=True``, and mmengine's hold a few objects besides tensors.
 
-A full mmcv stays as it is, and so do the maintained forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation
-(same import names).
+A full mmcv stays as it is, as do the forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation (same import names).
 """
 
 import contextlib
@@ -15,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import Any
 
@@ -26,58 +23,40 @@ from pretrain.device import choose_device
 EXTENSION = "mmcv._ext"
 
 
-def prepare() -> None:
-    """Apply all of it. Idempotent."""
-    import_ops_without_extension()
-    allow_checkpoint_classes()
-
-
-class _NoExtension(types.ModuleType):
-    """Stands in for ``mmcv._ext`` while ``mmcv.ops`` is imported. It has every function, and each says what
-    is missing."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def missing(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError(
-                f"mmcv.ops: {name} is compiled code, which mmcv-lite does not have; install the full mmcv"
-            )
-
-        return missing
-
-
 def import_ops_without_extension() -> None:
     """Import ``mmcv.ops`` if ``mmcv._ext`` is absent. Afterwards ``mmcv._ext`` is still absent.
 
-    The pure Python operators (``point_sample``, ...) work. A compiled one raises a RuntimeError that names it
-    when called. mmengine and mmcv recognize the full mmcv by ``mmcv._ext``, so the stand-in must not outlive
-    the import.
+    The pure Python operators (``point_sample``, ...) work. A compiled one raises a RuntimeError that names it when
+    called. The stand-in must not outlive the import: mmengine and mmcv recognize the full mmcv by ``mmcv._ext``.
     """
-    if (
-        "mmcv.ops" in sys.modules
-        or importlib.util.find_spec("mmcv") is None
-        or importlib.util.find_spec(EXTENSION) is not None
-    ):
+    if "mmcv.ops" in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
-    package, name = importlib.import_module("mmcv"), EXTENSION.rpartition(".")[2]
+
     sys.modules[EXTENSION] = _NoExtension(EXTENSION)
     try:
         importlib.import_module("mmcv.ops")
     finally:
-        sys.modules.pop(EXTENSION, None)
-        if isinstance(vars(package).get(name), _NoExtension):
-            delattr(package, name)
+        del sys.modules[EXTENSION]
+
+
+class _NoExtension(types.ModuleType):
+    """Has every function, and each says what is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        def missing(*_: Any, **__: Any) -> Any:
+            told = "is compiled code, which mmcv-lite does not have; install the full mmcv"
+            raise RuntimeError(f"mmcv.ops: {name} {told}")
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return missing
 
 
 def allow_checkpoint_classes() -> None:
-    """Allow what mmengine's own checkpoints hold besides tensors: the logged scalars, as NumPy arrays in
-    HistoryBuffers.
+    """Allow what mmengine's own checkpoints hold besides tensors: logged scalars, NumPy arrays in HistoryBuffers.
 
-    A HistoryBuffer refers to its own methods, which pickle writes as ``getattr(HistoryBuffer, "min")``. With
-    an open getattr a file could reach anything, so the name means :func:`_history_method` only.
-    ``weights_only`` stays on.
+    A HistoryBuffer refers to its own methods, which pickle writes as ``getattr(HistoryBuffer, "min")``. With an open
+    getattr a file could reach anything, so the name means :func:`_history_method` only. ``weights_only`` stays on.
     """
     import numpy as np
     from mmengine.logging import HistoryBuffer

@@ -25,9 +25,6 @@ from seg_plugin import protocol as protocols
 from seg_plugin.data import PARTS, dataset_of, label_set, section
 from seg_plugin.protocol import SegmentationProtocol, protocol, with_overrides
 
-CHECKPOINT_EVERY = 2_000
-LOG_EVERY = 50
-
 
 def segmenter_config(
     recipe: SegmentationProtocol | str,
@@ -45,8 +42,7 @@ def segmenter_config(
     Args:
         recipe: the protocol, or its name.
         backbone: registry name.
-        weights: the backbone's checkpoint. It can be set later: ``--cfg-options
-            model.backbone.weights=FILE``.
+        weights: the backbone's checkpoint; or later: ``--cfg-options model.backbone.weights=FILE``.
         model_kwargs: further arguments of ``build_backbone``.
         data_root: folder of the protocol's data set.
         masks: how masks of your own data are read.
@@ -70,183 +66,119 @@ def _model(
     width = {**size, **model_kwargs}.get("embed_dim")
     if width is None:
         raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")
-    return {
-        "type": "EncoderDecoder",
-        "data_preprocessor": {
-            "type": "SegDataPreProcessor",
-            "mean": list(p.pixel_mean),
-            "std": list(p.pixel_std),
-            "bgr_to_rgb": True,
-            "size": (p.crop_px, p.crop_px),  # smaller training crops are padded
-            "pad_val": 0,  # after normalization: the mean color
-            "seg_pad_val": p.ignore_index,
-        },
-        "backbone": {
-            "type": "PosfieldViT",
-            "name": backbone,
-            "weights": None if weights is None else str(weights),
-            "drop_path": p.drop_path,
-            "freeze": p.freeze_backbone,
-            **model_kwargs,
-        },
-        "decode_head": {  # without convolutions and concatenation it is one 1x1 convolution
-            "type": "FCNHead",
-            "in_channels": width,
-            "channels": width,
-            "num_convs": 0,
-            "concat_input": False,
-            "dropout_ratio": 0.0,
-            "num_classes": p.num_classes,
-            "align_corners": False,
-            "ignore_index": p.ignore_index,
-            "loss_decode": {
-                "type": "CrossEntropyLoss",
-                "use_sigmoid": False,
-                "avg_non_ignore": p.avg_non_ignore,
-            },
-        },
-        "train_cfg": {},
-        "test_cfg": {
-            "mode": "slide",
-            "crop_size": (p.slide_crop_px, p.slide_crop_px),
-            "stride": (p.slide_stride_px, p.slide_stride_px),
-        },
-    }
+    return dict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(  # smaller training crops are padded, after normalization: with the mean color
+            type="SegDataPreProcessor", mean=list(p.pixel_mean), std=list(p.pixel_std), bgr_to_rgb=True,
+            size=(p.crop_px, p.crop_px), pad_val=0, seg_pad_val=p.ignore_index,
+        ),
+        backbone=dict(
+            type="PosfieldViT", name=backbone, weights=None if weights is None else str(weights),
+            drop_path=p.drop_path, freeze=p.freeze_backbone,
+        ) | model_kwargs,
+        decode_head=dict(  # without convolutions and concatenation it is one 1x1 convolution
+            type="FCNHead", in_channels=width, channels=width, num_convs=0, concat_input=False, dropout_ratio=0.0,
+            num_classes=p.num_classes, align_corners=False, ignore_index=p.ignore_index,
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, avg_non_ignore=p.avg_non_ignore),
+        ),
+        train_cfg={},
+        test_cfg=dict(mode="slide", crop_size=(p.slide_crop_px,) * 2, stride=(p.slide_stride_px,) * 2),
+    )  # fmt: skip
 
 
 def _optimization(p: SegmentationProtocol) -> dict[str, Any]:
-    decay = {
-        "type": "PosfieldPolyLR",
-        "power": p.poly_power,
-        "eta_min_ratio": p.min_lr_factor,
-        "begin": p.warmup_iters,
-        "end": p.max_iters,
-        "by_epoch": False,
-    }
-    warmup = {
-        "type": "LinearLR",
-        "start_factor": 1 / max(1, p.warmup_iters),
-        "begin": 0,
-        "end": p.warmup_iters,
-        "by_epoch": False,
-    }
-    return {
-        "optim_wrapper": {
-            "type": "AmpOptimWrapper" if p.amp else "OptimWrapper",
-            "optimizer": {"type": "AdamW", "lr": p.lr, "betas": p.betas, "weight_decay": p.weight_decay},
-            "constructor": "PosfieldOptimConstructor",
-            "paramwise_cfg": {"layer_decay": p.layer_decay, "decay_all": p.decay_all},
-            "clip_grad": {"max_norm": p.clip_grad} if p.clip_grad else None,
-        },
-        "param_scheduler": [warmup, decay] if p.warmup_iters else [decay],
-        "train_cfg": {"type": "PosfieldTrainLoop", "max_iters": p.max_iters, "val_interval": p.val_every},
-        "val_cfg": {"type": "ValLoop"},
-        "test_cfg": {"type": "TestLoop"},
-    }
+    start, end = p.warmup_iters, p.max_iters
+    ratios = dict(power=p.poly_power, eta_min_ratio=p.min_lr_factor)
+    decay = dict(type="PosfieldPolyLR", **ratios, begin=start, end=end, by_epoch=False)
+    warmup = dict(type="LinearLR", start_factor=1 / max(1, start), begin=0, end=start, by_epoch=False)
+    return dict(
+        optim_wrapper=dict(
+            type="AmpOptimWrapper" if p.amp else "OptimWrapper",
+            optimizer=dict(type="AdamW", lr=p.lr, betas=p.betas, weight_decay=p.weight_decay),
+            constructor="PosfieldOptimConstructor",
+            paramwise_cfg=dict(layer_decay=p.layer_decay, decay_all=p.decay_all),
+            clip_grad=dict(max_norm=p.clip_grad) if p.clip_grad else None,
+        ),
+        param_scheduler=[warmup, decay] if start else [decay],
+        train_cfg=dict(type="PosfieldTrainLoop", max_iters=end, val_interval=p.val_every),
+        val_cfg=dict(type="ValLoop"),
+        test_cfg=dict(type="TestLoop"),
+    )
 
 
 def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
-    labels, pack = {"type": "PosfieldLoadLabels"}, {"type": "PackSegInputs"}
-    crop = {
-        "crop_size": (p.crop_px, p.crop_px),
-        "cat_max_ratio": p.cat_max_ratio,
-        "ignore_index": p.ignore_index,
-    }
-    distortion = {
-        "brightness_delta": p.brightness,
-        "contrast_range": p.contrast,
-        "saturation_range": p.saturation,
-        "hue_delta": p.hue,
-    }
+    image, labels, pack = (
+        {"type": name} for name in ("PosfieldLoadImage", "PosfieldLoadLabels", "PackSegInputs")
+    )
+    ratios, crop = dict(cat_max_ratio=p.cat_max_ratio, ignore_index=p.ignore_index), (p.crop_px, p.crop_px)
     training: list[dict[str, Any]] = [
-        {"type": "SeedFromPosition"},
-        {"type": "PosfieldLoadImage"},
-        labels,
-        {"type": "RandomResize", "scale": p.resize_px, "ratio_range": p.ratio_range, "keep_ratio": True},
-        {"type": "RandomCrop", **crop},
-        {"type": "RandomFlip", "prob": p.flip},
-        {"type": "PosfieldDistortion", **distortion},
+        dict(type="SeedFromPosition"), image, labels,
+        dict(type="RandomResize", scale=p.resize_px, ratio_range=p.ratio_range, keep_ratio=True),
+        dict(type="RandomCrop", crop_size=crop, **ratios),
+        dict(type="RandomFlip", prob=p.flip),
+        dict(type="PosfieldDistortion", brightness_delta=p.brightness, contrast_range=p.contrast,
+             saturation_range=p.saturation, hue_delta=p.hue),
         pack,
-    ]
-    resize: dict[str, Any] = {"type": "Resize", "scale": p.resize_px, "keep_ratio": True}
-    # Labels come after Resize: the metric compares at the mask's own size.
-    validation: list[dict[str, Any]] = [{"type": "PosfieldLoadImage"}, resize, labels, pack]
+    ]  # fmt: skip
+    resize = dict(type="Resize", scale=p.resize_px, keep_ratio=True)
     load = {"type": "LoadImageFromFile"}  # the name that MMSegmentation's own inference looks for
-    test = [load, resize, labels, pack]
-    return {"training": training, "validation": validation, "test": test, "unlabeled": [load, resize, pack]}
+    # Labels come after Resize: the metric compares at the mask's own size.
+    parts: dict[str, Any] = {"training": training, "validation": [image, resize, labels, pack]}
+    return {**parts, "test": [load, resize, labels, pack], "unlabeled": [load, resize, pack]}
 
 
 def _data(p: SegmentationProtocol, root: str | Path, masks: MaskRule | None, workers: int) -> dict[str, Any]:
     pipelines = _pipelines(p)
+    if p.batch_size % processes():
+        raise UserError(f"batch_size={p.batch_size} does not divide among {processes()} processes")
 
     def loader(split: str, pipeline: str, batch_size: int, sampler: str) -> dict[str, Any]:
-        return {
-            "batch_size": batch_size,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "worker_init_fn": {"type": "posfield_worker"},
-            "sampler": {"type": sampler, "shuffle": split == "training"},
-            "dataset": section(p, root, PARTS[split], pipelines[pipeline], masks),
-        }
+        return dict(
+            batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0,
+            worker_init_fn=dict(type="posfield_worker"), sampler=dict(type=sampler, shuffle=split == "training"),
+            dataset=section(p, root, PARTS[split], pipelines[pipeline], masks),
+        )  # fmt: skip
 
-    evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
-    return {
-        "train_dataloader": loader(
-            "training", "training", _batch_per_process(p.batch_size), "PosfieldSampler"
-        ),
-        "val_dataloader": loader("validation", "validation", 1, "DefaultSampler"),
-        "test_dataloader": loader("validation", "test", 1, "DefaultSampler"),
-        "test_pipeline": pipelines["unlabeled"],  # of images without labels
-        "val_evaluator": evaluator,
-        "test_evaluator": dict(evaluator),
-    }
-
-
-def _batch_per_process(batch_size: int) -> int:
-    if batch_size % processes():
-        raise UserError(f"batch_size={batch_size} does not divide among {processes()} processes")
-    return batch_size // processes()
+    evaluator = dict(type="PosfieldIoU", ignore_index=p.ignore_index, iou_metrics=["mIoU"])
+    return dict(
+        train_dataloader=loader("training", "training", p.batch_size // processes(), "PosfieldSampler"),
+        val_dataloader=loader("validation", "validation", 1, "DefaultSampler"),
+        test_dataloader=loader("validation", "test", 1, "DefaultSampler"),
+        test_pipeline=pipelines["unlabeled"],
+        val_evaluator=evaluator,
+        test_evaluator=evaluator,
+    )
 
 
 def processes() -> int:
-    """How many processes share the batch, by torchrun or Slurm. mmengine's batch size is that of one
-    process."""
+    """How many processes share the batch, by torchrun or Slurm; mmengine's batch size is that of one."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
-    checkpoint_interval = min(p.val_every, CHECKPOINT_EVERY)
-    log_interval = min(LOG_EVERY, max(1, p.max_iters // 20))
-    return {
-        "default_hooks": {
-            "timer": {"type": "IterTimerHook"},
-            "logger": {"type": "LoggerHook", "interval": log_interval, "log_metric_by_epoch": False},
-            "param_scheduler": {"type": "ParamSchedulerHook"},
-            # Two, because mmengine deletes the oldest before it has written the next.
-            "checkpoint": {
-                "type": "CheckpointHook",
-                "by_epoch": False,
-                "interval": checkpoint_interval,
-                "max_keep_ckpts": 2,
-            },
-            "sampler_seed": {"type": "DistSamplerSeedHook"},
-            "visualization": {"type": "SegVisualizationHook"},
-        },
-        # Writes result.json, metrics.jsonl, figures and the saved config (seg_plugin/hooks.py).
-        "custom_hooks": [{"type": "PosfieldRunHook", "protocol": p.model_dump(), "interval": log_interval}],
-        "env_cfg": {
-            "cudnn_benchmark": False,
-            "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
-            "dist_cfg": {"backend": "nccl"},
-        },
+    every, log_every = min(p.val_every, 2_000), min(50, max(1, p.max_iters // 20))
+    hooks = dict(
+        timer=dict(type="IterTimerHook"),
+        logger=dict(type="LoggerHook", interval=log_every, log_metric_by_epoch=False),
+        param_scheduler=dict(type="ParamSchedulerHook"),
+        # Two, because mmengine deletes the oldest before it has written the next.
+        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=2),
+        sampler_seed=dict(type="DistSamplerSeedHook"),
+        visualization=dict(type="SegVisualizationHook"),
+    )
+    mp_cfg = dict(mp_start_method="fork", opencv_num_threads=0)
+    return dict(
+        default_hooks=hooks,
+        custom_hooks=[dict(type="PosfieldRunHook", protocol=p.model_dump(), interval=log_every)],
+        env_cfg=dict(cudnn_benchmark=False, mp_cfg=mp_cfg, dist_cfg=dict(backend="nccl")),
         # torch has no deterministic 2-D cross-entropy on CUDA
-        "randomness": {"seed": seed, "deterministic": False},
-        "visualizer": {"type": "SegLocalVisualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
-        "log_processor": {"by_epoch": False},
-        "log_level": "INFO",
-        "load_from": None,
-        "resume": False,
-    }
+        randomness=dict(seed=seed, deterministic=False),
+        visualizer=dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")]),
+        log_processor=dict(by_epoch=False),
+        log_level="INFO",
+        load_from=None,
+        resume=False,
+    )
 
 
 # --- what a config says -------------------------------------------------------------------------------------
@@ -260,13 +192,13 @@ NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
 NOT_OF_THE_VIT = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
 # Hooks that change no number
 ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationHook", "PosfieldRunHook")
-OF_LABELS = ("PosfieldLoadLabels", "LoadAnnotations")
 
 
-def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
+def declared_protocol(cfg: Config) -> SegmentationProtocol:
     """The protocol that a config says it follows, from the fields that its hook holds."""
+    values = next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
     fields = {key: value for key, value in values.items() if key not in ("name", "version")}
-    return with_overrides(protocols.protocol(values["name"]), fields)
+    return with_overrides(protocol(values["name"]), fields)
 
 
 def given_model_kwargs(cfg: Config) -> dict[str, Any]:
@@ -274,7 +206,7 @@ def given_model_kwargs(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in cfg.model.backbone.items() if key not in NOT_OF_THE_VIT}
 
 
-def recipe(cfg: Config, processes: int) -> dict[str, Any]:
+def _recipe(cfg: Config, processes: int) -> dict[str, Any]:
     """The sections as plain values, without the ViT's arguments. The batch size is that of all processes."""
 
     def plain(value: Any) -> Any:
@@ -293,25 +225,21 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
     return sections
 
 
-def deviations(
-    cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int
-) -> dict[str, list[Any]]:
-    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
-    value]}``.
+def deviations(cfg: Config, model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
-        values: the fields of the protocol that it says it follows.
         model_kwargs: arguments of the ViT that were given beside the checkpoint's.
         processes: how many share a batch.
     """
-    cfg, declared = with_todays_data(cfg), declared_protocol(values)
+    cfg = with_todays_data(cfg)
+    declared = declared_protocol(cfg)
     changed = protocols.deviations(declared)
     # Your own data may have any
     masks = replaced(MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks")
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
     made["train_dataloader"]["batch_size"] = declared.batch_size
-    different = compared(recipe(Config(made), 1), recipe(cfg, processes))
-    changed |= {key: different[key] for key in sorted(different)}
+    changed |= dict(sorted(compared(_recipe(Config(made), 1), _recipe(cfg, processes)).items()))
     for (split, found), count in zip(label_sets(cfg).items(), dataset_of(declared).counts or ()):
         if len(found) != count:
             changed[f"{split}_images"] = [count, len(found)]
@@ -325,46 +253,32 @@ def label_sets(cfg: Config) -> dict[str, LabelSet]:
     return {split: label_set(cfg[f"{key}_dataloader"].dataset) for split, key in PARTS.items()}
 
 
-def images_of(found: LabelSet) -> list[str]:
-    """Sorted names of the images, without suffix."""
-    names = (os.path.relpath(image, found.folder) for image, _ in found.files)
-    return sorted(os.path.splitext(name)[0].removesuffix("_leftImg8bit") for name in names)
-
-
 def with_todays_data(cfg: Config) -> Config:
     """A config of an earlier version, which names MMSegmentation's data sets, as it would be made today."""
     if cfg.train_dataloader.dataset.type == "PosfieldLabels":
         return cfg
-    cfg, declared = Config(cfg.to_dict()), declared_protocol(protocol_of(cfg))
-    for key, part in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
-        old = cfg[key].dataset
-        cfg[key].dataset = _as_today(old, section(declared, old.data_root, part, ()))
+    cfg, declared = Config(cfg.to_dict()), declared_protocol(cfg)
+    for part, name in (("train", "train"), ("val", "val"), ("val", "test")):
+        loader = cfg[f"{name}_dataloader"]
+        loader.dataset = _as_today(loader.dataset, section(declared, loader.dataset.data_root, part, ()))
     return cfg
-
-
-def protocol_of(cfg: Config) -> Mapping[str, Any]:
-    """The fields of the protocol that a config says it follows."""
-    return next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")  # type: ignore[no-any-return]
 
 
 def _as_today(old: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """A data set of an earlier version in the words of the one that is made today; its pipeline stays."""
-    steps = [
-        {"type": "PosfieldLoadLabels"} if step["type"] in OF_LABELS else step
-        for step in old["pipeline"]
-        if step["type"] != "CheckLabels"
-    ]
-    return {**made, "pipeline": steps}
+    steps = [step for step in old["pipeline"] if step["type"] != "CheckLabels"]
+    of_labels = ("PosfieldLoadLabels", "LoadAnnotations")
+    return {**made, "pipeline": [{"type": of_labels[0]} if s["type"] in of_labels else s for s in steps]}
 
 
 def changed_since(file: Path, ours: Mapping[str, Any]) -> dict[str, list[Any]]:
     """In which settings the run that saved its :func:`identity` in ``file`` differs from this one."""
     saved, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(ours))
-    if "labels" not in saved["settings"]:  # of an earlier version
-        saved["settings"]["labels"] = now["settings"]["labels"]
+    before, today = saved["settings"], now["settings"]
+    if "labels" not in before:  # of an earlier version
+        before["labels"] = today["labels"]
         for loader in ("train_dataloader", "val_dataloader"):
-            dataset = saved["settings"][loader]["dataset"]
-            saved["settings"][loader]["dataset"] = _as_today(dataset, now["settings"][loader]["dataset"])
+            before[loader]["dataset"] = _as_today(before[loader]["dataset"], today[loader]["dataset"])
     changed = compared(saved, now)
     changed.pop("config_hash", None)  # the settings say why
     return changed
@@ -380,18 +294,21 @@ def identity(
     """
     cfg = with_todays_data(cfg)
     sets = label_sets(cfg)
-    names = json.dumps([images_of(found) for found in sets.values()])
+
+    def images(found: LabelSet) -> list[str]:
+        names = (os.path.relpath(image, found.folder) for image, _ in found.files)
+        return sorted(os.path.splitext(name)[0].removesuffix("_leftImg8bit") for name in names)
+
+    def short_hash(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()[:12]
+
     train = sets["training"]
     settings = {
-        **recipe(cfg, processes),
-        "labels": {"classes": train.classes, "table": hashlib.sha256(train.table.tobytes()).hexdigest()[:12]},
+        **_recipe(cfg, processes),
+        "labels": {"classes": train.classes, "table": short_hash(train.table.tobytes())},
         "backbone_flags": dict(model_kwargs),  # the first name of the key; another changes every hash
         # Tells runs on other data from seeds of one.
-        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
+        "images_hash": short_hash(json.dumps([images(found) for found in sets.values()]).encode()),
     }
-    return {
-        "config_hash": config_hash(settings),
-        "seed": cfg.randomness.get("seed"),
-        "weights_hash": weights_hash,
-        "settings": settings,
-    }
+    own = {"config_hash": config_hash(settings), "seed": cfg.randomness.get("seed")}
+    return {**own, "weights_hash": weights_hash, "settings": settings}

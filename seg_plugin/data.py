@@ -6,17 +6,16 @@ the file.
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mmseg.datasets
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
 from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
+from mmseg.utils import get_palette
 
 from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
 from pretrain.data.datasets.public import ade_home
@@ -28,29 +27,20 @@ from seg_plugin.protocol import OF_THE_DATA, OWN, SegmentationProtocol, protocol
 PARTS = {"training": "train", "validation": "val"}  # the protocol's words, the data sets'
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A data set by name.
-
-    Attributes:
-        protocol: the name of its protocol.
-        kind: of the set (:data:`pretrain.data.datasets.KINDS`).
-        counts: images of training and validation; None: not known.
-        colors: MMSegmentation's class, which knows the classes' colors.
-    """
+class Dataset(NamedTuple):
+    """A data set: the name of its protocol, and its kind (:data:`pretrain.data.datasets.KINDS`)."""
 
     protocol: str
     kind: str
-    counts: tuple[int, int] | None = None
-    colors: str = ""
+    counts: tuple[int, int] | None = None  # images of training and validation, where they are known
 
 
 # Counts are from MMSegmentation's configs and the data sets' own descriptions.
 DATASETS = {
-    "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000), "ADE20KDataset"),
-    "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449), "PascalVOCDataset"),
-    "voc_aug": Dataset("voc2012aug-40k", "voc2012", (10_582, 1_449), "PascalVOCDataset"),
-    "cityscapes": Dataset("cityscapes-80k", "cityscapes", (2_975, 500), "CityscapesDataset"),
+    "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000)),
+    "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449)),
+    "voc_aug": Dataset("voc2012aug-40k", "voc2012", (10_582, 1_449)),
+    "cityscapes": Dataset("cityscapes-80k", "cityscapes", (2_975, 500)),
     "own": Dataset(OWN, "folder"),
 }
 _BY_KIND = {"ade20k": "ade20k", "voc2012": "voc", "cityscapes": "cityscapes", "folder": "own"}
@@ -75,15 +65,16 @@ def recipe_for(
     Raises:
         UserError: an unknown name or field, as :func:`pretrain.data.datasets.open_label_sets`.
     """
+    known = ", ".join(DATASETS)
     if name is None:
         kind = kind_of(folder)
         if kind not in _BY_KIND:
             raise UserError(
-                f"data: {folder} holds {kind}, which has no protocol; --dataset is one of {', '.join(DATASETS)}"
+                f"data: {folder} holds {kind}, which has no protocol; --dataset is one of {known}"
             )
         name = _BY_KIND[kind]
     if name not in DATASETS:
-        raise UserError(f"dataset: {name!r} is none of {', '.join(DATASETS)}")
+        raise UserError(f"dataset: {name!r} is none of {known}")
     base = protocol(DATASETS[name].protocol)
     if name != "own":
         return with_overrides(base, overrides)
@@ -116,21 +107,15 @@ def section(
     if kind == "ade20k" and not same:
         kind, home = "folder", str(ade_home(Path(root)))
     elif kind != "folder" and not same:
-        told = f"num_classes={recipe.num_classes}, reduce_zero_label={recipe.reduce_zero_label}"
+        told = ", ".join(f"{key}={getattr(recipe, key)}" for key in OF_THE_DATA)
         raise UserError(
             f"protocol: {told} are not those of {recipe.name}; for other masks give --dataset own"
         )
-    return {
-        "type": "PosfieldLabels",
-        "data_root": home,
-        "part": part,
-        "kind": kind,
-        "n_classes": recipe.num_classes,
-        "masks": rule_of(recipe, masks).model_dump(exclude_defaults=True) if kind == "folder" else {},
-        "reduce_zero_label": recipe.reduce_zero_label,
-        "ignore_index": recipe.ignore_index,
-        "pipeline": pipeline,
-    }
+    rule = rule_of(recipe, masks).model_dump(exclude_defaults=True) if kind == "folder" else {}
+    return dict(
+        type="PosfieldLabels", data_root=home, part=part, kind=kind, n_classes=recipe.num_classes, masks=rule,
+        reduce_zero_label=recipe.reduce_zero_label, ignore_index=recipe.ignore_index, pipeline=pipeline,
+    )  # fmt: skip
 
 
 def label_set(values: Mapping[str, Any]) -> LabelSet:
@@ -144,10 +129,8 @@ def label_set(values: Mapping[str, Any]) -> LabelSet:
 
 @REGISTRY.register_module()
 class PosfieldLabels(BaseSegDataset):
-    """A part of a labeled set (:class:`pretrain.data.datasets.LabelSet`) as MMSegmentation's data set.
-
-    Class k of the network is label k + 1 of the set, and what does not count is ``ignore_index``.
-    """
+    """A part of a labeled set (:class:`pretrain.data.datasets.LabelSet`) as MMSegmentation's data set: class k of the
+    network is label k + 1 of the set, and what does not count is ``ignore_index``."""
 
     def __init__(
         self, data_root: str, part: str, kind: str, n_classes: int, masks: Any = None, **options: Any
@@ -155,37 +138,32 @@ class PosfieldLabels(BaseSegDataset):
         self.labels = label_set(
             dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks)
         )
-        known = next((d.colors for d in DATASETS.values() if d.kind == kind and d.colors), "")
-        palette = getattr(mmseg.datasets, known).METAINFO["palette"] if known else []
+        palette = get_palette(kind.partition("2012")[0]) if kind != "folder" else []
         metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
-        prefix = {"img_path": self.labels.folder, "seg_map_path": ""}
         # With data_root it would join both
+        prefix = {"img_path": self.labels.folder, "seg_map_path": ""}
         super().__init__(data_prefix=prefix, metainfo=metainfo, **options)
         self.data_root = data_root
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """One entry an image, in the set's order."""
         common = {"label_map": None, "reduce_zero_label": self.reduce_zero_label}
-        return [
-            {"img_path": image, "seg_map_path": mask, **common, "seg_fields": []}
-            for image, mask in self.labels.files
-        ]
+        files = (dict(zip(("img_path", "seg_map_path"), pair)) for pair in self.labels.files)
+        return [{**pair, **common, "seg_fields": []} for pair in files]
 
     def prepare_data(self, index: int) -> Any:
         """A sample, for which the pipeline also gets the set and the number of what is ignored."""
-        extra = {"label_set": self.labels, "ignore_index": self.ignore_index}
-        return self.pipeline({**self.get_data_info(index), **extra})
+        info = self.get_data_info(index)
+        return self.pipeline({**info, "label_set": self.labels, "ignore_index": self.ignore_index})
 
 
 @TRANSFORMS.register_module()
 class SeedFromPosition(BaseTransform):
-    """First of a training pipeline: what the next transforms draw only depends on (seed, position in the
-    run).
+    """First of a training pipeline: what the next transforms draw only depends on (seed, position in the run),
+    for any number of data-loading and training processes, and in a resumed run.
 
-    So any number of data-loading and training processes augments images alike, and so does a resumed run. It
-    seeds ``random`` and ``numpy.random``; mmcv's and MMSegmentation's transforms draw from nothing else. It
-    does nothing without :class:`seg_plugin.loop.PosfieldSampler`, or if a wrapper of the data set has
-    changed the index.
+    It seeds ``random`` and ``numpy.random``; mmcv's and MMSegmentation's transforms draw from nothing else. It does
+    nothing without :class:`seg_plugin.loop.PosfieldSampler`, or if a wrapper of the data set has changed the index.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -200,31 +178,22 @@ class SeedFromPosition(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PosfieldLoadImage(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile``, whose error names the file.
-
-    The rest is mmcv's: 8-bit BGR, a gray image gets three equal channels, transparency is dropped, 16 bits
-    become 8, and a photograph is turned by its EXIF orientation. Its mask has none, so it must be stored
-    turned.
-    """
+    """mmcv's ``LoadImageFromFile``, whose error names the file: 8-bit BGR, gray in three equal channels, without
+    transparency, 16 bits as 8, turned by the EXIF orientation. Masks have none, and must be stored turned."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Adds ``img`` [H, W, 3], ``img_shape``, ``ori_shape``."""
         try:
             check_whole(results["img_path"])
             return super().transform(results)  # type: ignore[no-any-return]
-        except UserError:
-            raise
         except Exception as error:  # cv2.error, OSError, AssertionError, ...
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"data: {results['img_path']} is no readable image ({told})") from error
 
 
 def check_whole(image: str | Path) -> None:
-    """Check that a JPEG has its end. OpenCV 4 fills what is missing with gray and only says so on stderr.
-
-    Raises:
-        UserError: it has none; names the file.
-    """
+    """Raise a ValueError if a JPEG has no end. OpenCV 4 fills what is missing with gray and only says so on
+    stderr."""
     data, at = Path(image).read_bytes(), 2
     if not data.startswith(b"\xff\xd8"):
         return  # OpenCV refuses other kinds of files that are cut off
@@ -233,21 +202,18 @@ def check_whole(image: str | Path) -> None:
         # A fill byte | a segment
         at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if data.find(b"\xff\xd9", at) < 0:
-        raise UserError(f"data: {image} is no readable image (JPEG without an end)")
+        raise ValueError("JPEG without an end")
 
 
 @TRANSFORMS.register_module()
 class PosfieldLoadLabels(LoadAnnotations):
-    """The labels of a :class:`PosfieldLabels`; an error names the file. Without it, as in configs of earlier
-    versions, MMSegmentation's."""
+    """The labels of a :class:`PosfieldLabels`; in configs of earlier versions, without it, MMSegmentation's."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Adds ``gt_seg_map`` [H, W] uint8; nothing where there is no mask."""
-        if "seg_map_path" not in results:
-            return results
-        path, known, shape = results["seg_map_path"], results.get("label_set"), results["ori_shape"]
-        if known is None:
-            return super().transform(results)  # type: ignore[no-any-return]
+        path, known, shape = results.get("seg_map_path"), results.get("label_set"), results["ori_shape"]
+        if path is None or known is None:
+            return results if path is None else super().transform(results)  # type: ignore[no-any-return]
         labels = known.read_labels(Path(path))
         if labels.shape != shape:
             raise UserError(f"data: {path} is {labels.shape}, but its image is {shape} (height, width)")
@@ -274,8 +240,7 @@ class CheckLabels(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PosfieldDistortion(PhotoMetricDistortion):
-    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``. Here the hue then stays as
-    it is."""
+    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``: the hue then stays as it is."""
 
     def hue(self, img: np.ndarray) -> np.ndarray:
         """[H, W, 3] uint8 BGR."""

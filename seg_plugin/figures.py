@@ -1,7 +1,5 @@
-"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the
-classes' colors."""
+"""Images of segmentations: image, ground truth, prediction, and prediction over image, in the classes' colors."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,8 @@ def draw_page(
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
-    """Colors of the classes, [classes, 3] uint8.
-
-    Few classes get colors that are easy to tell apart; MMSegmentation may have drawn the data set's at
-    random.
-    """
+    """Colors of the classes, [classes, 3] uint8: easy to tell apart if there are few. MMSegmentation may have drawn
+    its own at random."""
     count = len(metainfo["classes"])
     if count > 20:
         return np.array(metainfo["palette"], np.uint8)
@@ -47,8 +42,7 @@ def palette_of(metainfo: Any) -> np.ndarray:
 def draw(
     path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False
 ) -> None:
-    """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the
-    largest first.
+    """Draw one row an image, with the truth if there is any, and below a legend of the classes, the largest first.
 
     Args:
         palette: [classes, 3] uint8.
@@ -56,37 +50,29 @@ def draw(
     """
     has_truth = any(row.truth is not None for row in rows)
     titles = ["image", *["ground truth"] * has_truth, "prediction", *["prediction over the image"] * overlay]
-    pixels: Counter[int] = Counter()
-    for row in rows:
-        for labels in (row.truth, row.predicted):
-            if labels is not None:
-                pixels.update(dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)))))
-    pixels = Counter({k: count for k, count in pixels.items() if k < len(names)})  # larger labels are ignored
-    shown = [k for k, _ in pixels.most_common(MAX_LEGEND)]
+    maps = [labels for row in rows for labels in (row.truth, row.predicted) if labels is not None]
+    counts = [np.bincount(labels[labels < len(names)], minlength=len(names)) for labels in maps]
+    pixels = np.sum(counts, axis=0)  # of each class; larger labels are ignored
+    present = [k for k in np.argsort(-pixels, kind="stable").tolist() if pixels[k]]
+    shown = present[:MAX_LEGEND]
     aspects = [row.pixels.shape[0] / row.pixels.shape[1] for row in rows]  # height of each row, in widths
     legend_rows = -(-len(shown) // (2 * len(titles)))
     size = (COLUMN_IN * len(titles), sum(aspects) * COLUMN_IN + 0.35 + 0.2 * legend_rows + 0.1 * len(rows))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
     for line, row in zip(axes, rows):
-        pictures = {"image": row.pixels, "prediction": colored(row.predicted, palette)}
-        pictures["prediction over the image"] = blended(row.pixels, row.predicted, palette)
-        if row.truth is not None:
-            pictures["ground truth"] = colored(row.truth, palette)
-        for axis, title in zip(line, titles):
+        over = blended(row.pixels, row.predicted, palette) if overlay else None
+        truth = None if row.truth is None else colored(row.truth, palette)
+        pictures = [row.pixels, *[truth] * has_truth, colored(row.predicted, palette), *[over] * overlay]
+        for axis, picture in zip(line, pictures):
             axis.set_axis_off()
-            if title in pictures:
-                axis.imshow(pictures[title])
+            if picture is not None:
+                axis.imshow(picture)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=10)
     patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
-    more = f"and {len(pixels) - len(shown)} smaller classes" if len(pixels) > len(shown) else None
-    place: dict[str, Any] = {
-        "loc": "outside lower center",
-        "ncols": 2 * len(titles),
-        "fontsize": 8,
-        "frameon": False,
-    }
+    more = f"and {len(present) - MAX_LEGEND} smaller classes" if len(present) > MAX_LEGEND else None
+    place: dict[str, Any] = dict(loc="outside lower center", ncols=2 * len(titles), fontsize=8, frameon=False)
     figure.legend(handles=patches, title=more, **place)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -1,9 +1,8 @@
 """What a run leaves in its folder. The config names the hook, so MMSegmentation's own launchers leave it too.
 
-``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``,
-``settings.json`` (the run's identity), and the saved config. It holds all arguments of the backbone, so it
-tests and resumes without the pre-training file. The metric is MMSegmentation's mIoU, but unrounded, and with each
-class's IoU.
+``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (the
+run's identity), and the saved config, with all arguments of the backbone: it tests and resumes without the pre-training
+file. The metric is MMSegmentation's mIoU, but unrounded, and with each class's IoU.
 """
 
 import json
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import write_json
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
@@ -34,7 +34,7 @@ from seg_plugin.config import deviations, given_model_kwargs, identity, label_se
 from seg_plugin.figures import draw_page
 from seg_plugin.predict import segment_dataset, spread
 
-METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+METRICS = ("mIoU", "mAcc", "aAcc")
 SETTINGS_FILE = "settings.json"
 N_DRAWN = 4  # validation images in the figure
 
@@ -84,34 +84,30 @@ class PosfieldRunHook(Hook):
         if backbone.weights is not None or self.origin is None:  # otherwise it is what the saved config says
             self.origin = origin_of(backbone.weights, model_kwargs.get("source"))
         self.origin = {**self.origin, "model_kwargs": model_kwargs}
-        self.identity = identity(
-            runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size()
-        )
-        self.labels = label_sets(with_todays_data(runner.cfg))["training"].description
-        self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
+        cfg, size = runner.cfg, get_world_size()
+        self.identity = identity(cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], size)
+        self.labels = label_sets(with_todays_data(cfg))["training"].description
+        self.deviations = deviations(cfg, model_kwargs, size)
         if is_main_process():
             self.folder = Path(runner.work_dir)
-            (self.folder / SETTINGS_FILE).write_text(
-                json.dumps(self.identity, indent=2, sort_keys=True) + "\n"
-            )
-            # Their iterations will run again
-            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)
+            self.log = self.folder / "metrics.jsonl"
+            write_json(self.folder / SETTINGS_FILE, self.identity)
+            truncate_lines(self.log, before_iter=runner.iter + 1)  # theirs will run again
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Validate first where a resumed run stopped at a validation: it may not have finished it."""
-        due = runner.iter > 0 and (
-            runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters
-        )
-        if not due or runner.val_loop is None:
+        at, ends = runner.iter, runner.iter == runner.max_iters
+        if not at or runner.val_loop is None or not (ends or at % runner.train_loop.val_interval == 0):
             return
-        if is_main_process():
-            _drop_validation(self.folder / "metrics.jsonl", runner.iter)
+        if is_main_process() and self.log.is_file():  # without the line of this validation
+            lines = [(line, json.loads(line)) for line in self.log.read_text(encoding="utf-8").splitlines()]
+            kept = [line + "\n" for line, of in lines if of["iteration"] != at or "loss" in of]
+            self.log.write_text("".join(kept), encoding="utf-8")
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed torch: what it draws in an iteration (dropped paths) only depends on (seed, iteration,
-        process)."""
+        """Seed torch: what it draws (dropped paths) only depends on (seed, iteration, process)."""
         word = np.random.SeedSequence((runner.seed, batch_idx, get_rank())).generate_state(1, np.uint64)
         torch.manual_seed(int(word[0]))
 
@@ -134,23 +130,18 @@ class PosfieldRunHook(Hook):
         iteration = batch_idx + 1
         terms = {key: value.detach() for key, value in (outputs or {}).items() if "loss" in key}
         losses = dict(zip(terms, distributed.mean_over_ranks(torch.stack(list(terms.values()))).tolist()))
-        if not all(math.isfinite(value) for value in losses.values()):
-            raise FloatingPointError(
-                f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in losses.items())
-            )
+        if not all(map(math.isfinite, losses.values())):
+            told = ", ".join(f"{key} is {value}" for key, value in losses.items())
+            raise FloatingPointError(f"iteration {iteration}: {told}")
         if is_main_process() and (iteration % self.interval == 0 or iteration == runner.max_iters):
             lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
             self._log({"iteration": iteration, "loss": losses["loss"], "lr": lr})
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Keep the metrics. The last ones are the run's."""
-        metrics = metrics or {}
-        self.metrics = {
-            ours: metrics[name]
-            for ours, name in METRICS.items()
-            if not math.isnan(metrics.get(name, math.nan))
-        }
-        if is_main_process() and hasattr(self, "folder"):  # training
+        found = {name: (metrics or {}).get(name, math.nan) for name in METRICS}
+        self.metrics = {name.lower(): value for name, value in found.items() if not math.isnan(value)}
+        if is_main_process() and hasattr(self, "log"):  # training
             self._log({"iteration": runner.iter, **self.metrics})
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -161,95 +152,69 @@ class PosfieldRunHook(Hook):
         """Write result.json and the figure."""
         if not is_main_process() or not self.metrics:
             return
-        self._draw(_model(runner), runner.val_dataloader.dataset)
-        evaluators = runner.val_loop.evaluator.metrics
-        per_class: dict[str, float] = next(
-            (metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {}
+        dataset = runner.val_dataloader.dataset
+        rows = list(segment_dataset(_model(runner), dataset, spread(N_DRAWN, len(dataset))))
+        caption = (
+            "Each row: image, ground truth, prediction of the linear decoder. "
+            f"{len(rows)} of {len(dataset)} validation images, evenly spaced in the list; light gray: not labeled."
         )
+        file, title = self.folder / "figures" / "segmentations.png", "Segmentation of validation images"
+        draw_page(file, rows, dataset.metainfo, title=title, caption=caption)
+        evaluators = runner.val_loop.evaluator.metrics
+        per_class = next((metric.per_class for metric in evaluators if isinstance(metric, PosfieldIoU)), {})
         assert self.origin is not None
+        name, version, changed = self.protocol["name"], self.protocol["version"], self.deviations
+        whence = {key: self.origin[key] for key in ("method", "effective_epochs", "weights_hash")}
         result = Result(
             kind="segmentation",
-            method=self.origin["method"],
             backbone=runner.cfg.model.backbone.name,
-            effective_epochs=self.origin["effective_epochs"],
-            protocol=Protocol(
-                name=self.protocol["name"],
-                version=self.protocol["version"],
-                full=not self.deviations,
-                deviations=self.deviations,
-            ),
+            protocol=Protocol(name=name, version=version, full=not changed, deviations=changed),
             metrics={**self.metrics, "iou": per_class},
             labels=self.labels,
             seed=runner.seed,
             wall_time_s=self._elapsed_s(),
-            **{**provenance(self.identity["settings"]), "weights_hash": self.origin["weights_hash"]},
+            **{**provenance(self.identity["settings"]), **whence},
         )
         write_result(result, self.folder)
-
-    def _draw(self, model: Any, dataset: Any) -> None:
-        rows = list(segment_dataset(model, dataset, spread(N_DRAWN, len(dataset))))
-        what = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
-        draw_page(
-            self.folder / "figures" / "segmentations.png", rows, dataset.metainfo,
-            title="Segmentation of validation images",
-            caption=what + "evenly spaced in the list; light gray: not labeled.",
-        )  # fmt: skip
 
     def _elapsed_s(self) -> float:
         return self.earlier_s + time.time() - self.started
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 @METRIC_KINDS.register_module()
 class PosfieldIoU(IoUMetric):
-    """Adds up each class's intersection and union over the whole data set, then divides.
+    """Adds up each class's intersection and union over the whole data set, then divides. Processes take the
+    images in turns; each image counts once.
 
     Attributes:
-        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
-            present nor predicted.
+        per_class: {class name: IoU in percent} of the last evaluation, of classes that are present or predicted.
     """
 
     per_class: dict[str, float] = {}
 
-    def evaluate(self, size: int) -> dict[str, float]:
-        """The metrics of ``size`` images, on every process. The processes took the images in turns; each
-        image counts once.
-
-        mmengine exchanges results by files in the working directory, which machines may not share.
-        """
-        shares = distributed.gather_objects(self.results)
-        # All have one length: if the images do not divide, the sampler starts over after the last image.
-        metrics = self.compute_metrics([counts for turn in zip(*shares) for counts in turn][:size])
-        self.results.clear()
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()} if self.prefix else metrics
+    def __init__(self, **options: Any) -> None:
+        # The other way, "cpu", is files in the working directory, which machines may not share.
+        super().__init__(collect_device="gpu", **options)
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
-        [classes].
-
-        The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc).
-        """
+        [classes]. The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc)."""
         if self.format_only:
             return super().compute_metrics(results)
-        # Each [classes]
         intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
         iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
         names = self.dataset_meta["classes"]
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
-        metrics: dict[str, Any] = {
-            "mIoU": iou.nanmean(),
-            "mAcc": accuracy.nanmean(),
-            "aAcc": 100 * intersect.sum() / label.sum(),
-        }
-        return {name: float(value) for name, value in metrics.items()}
+        means = iou.nanmean(), accuracy.nanmean(), 100 * intersect.sum() / label.sum()
+        return {name: float(mean) for name, mean in zip(METRICS, means)}
 
 
 class StopHook(Hook):
-    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's
-    launchers."""
+    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's launchers."""
 
     priority = "LOWEST"  # after the schedules have stepped and CheckpointHook has saved, if it does
 
@@ -269,20 +234,12 @@ class StopHook(Hook):
             return
         saver = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
         if saver.filename_tmpl.format(iteration) != Path(saver.last_ckpt or "").name:
-            meta = {"epoch": runner.epoch, "iter": iteration}
-            saver._save_checkpoint_with_step(runner, iteration, meta=meta)
-        raise Interrupted(
-            f"{self.signals.received or 'another rank was signalled'}; saved at iteration {iteration}"
-        )
+            saver._save_checkpoint_with_step(
+                runner, iteration, meta={"epoch": runner.epoch, "iter": iteration}
+            )
+        why = self.signals.received or "another rank was signalled"
+        raise Interrupted(f"{why}; saved at iteration {iteration}")
 
 
 def _model(runner: Any) -> Any:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _drop_validation(path: Path, iteration: int) -> None:
-    """Remove the line of an iteration's validation from a log."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    told = [json.loads(line) for line in lines]
-    kept = [line for line, of in zip(lines, told) if of["iteration"] != iteration or "loss" in of]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,5 +1,4 @@
-"""The endless stream of training images, in which every image knows its place; the processes that share it; and
-the loop that resumes within it."""
+"""The endless stream of training images, each of which knows its place; who shares it; the loop that resumes in it."""
 
 import itertools
 import signal
@@ -17,7 +16,8 @@ from pretrain.signals import start_worker
 
 
 class DrawnIndex(int):
-    """The index of an image in its data set, and where in the run it was drawn.
+    """The index of an image in its data set, and where in the run it was drawn. It travels by pickle to the
+    data-loading processes.
 
     Attributes:
         seed: the run's.
@@ -32,20 +32,18 @@ class DrawnIndex(int):
         drawn.seed, drawn.position = seed, position
         return drawn
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle: it travels to the data-loading processes."""
-        return DrawnIndex, (int(self), self.seed, self.position)
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return int(self), self.seed, self.position
 
 
 @DATA_SAMPLERS.register_module()
 class PosfieldSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, the same images in the same order, as :class:`DrawnIndex`.
 
-    Attributes:
-        start: how many images of this process's share to skip: those that a resumed run has seen.
+    ``start`` images of this process's share are skipped: those that a resumed run has seen.
     """
 
-    start: int = 0
+    start = 0
 
     def __iter__(self) -> Iterator[DrawnIndex]:
         """From ``start`` on, without end. Process r of W has positions r, r + W, r + 2 W, ..."""
@@ -56,11 +54,8 @@ class PosfieldSampler(InfiniteSampler):
 
 @LOOPS.register_module()
 class PosfieldTrainLoop(IterBasedTrainLoop):
-    """mmengine's loop, but resuming is fast. At iteration k mmengine loads and drops k batches: hours at k =
-    80,000.
-
-    Here only the sampler's indices are drawn. The images that follow are those of an uninterrupted run.
-    """
+    """mmengine's loop, which at iteration k loads and drops k batches, hours at k = 80,000. Here only the sampler's
+    indices are drawn. The images that follow are those of an uninterrupted run."""
 
     def run(self) -> Any:
         """Train from the current iteration to the last. Returns the model."""
@@ -75,24 +70,19 @@ class PosfieldTrainLoop(IterBasedTrainLoop):
 
 @MODEL_WRAPPERS.register_module()
 class PosfieldDataParallel(MMDistributedDataParallel):
-    """mmengine's, on the model's own device.
-
-    mmengine takes CUDA device number LOCAL_RANK, even if the process runs on the CPU or only sees one device.
-    """
+    """mmengine's, on the model's own device, not on CUDA device LOCAL_RANK: the process may run on the CPU or see
+    only one device."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
-        device = next(module.parameters()).device
-        ids = [device.index] if device.type == "cuda" else None
-        super().__init__(module, device_ids=ids, broadcast_buffers=False, **options)
+        super().__init__(module, broadcast_buffers=False, **options)
 
 
 @FUNCTIONS.register_module()
 def posfield_worker(number: int) -> None:
-    """Start of a data-loading process.
+    """Start of a data-loading process, which leaves signals to a training that listens to them
+    (:class:`pretrain.signals.StopSignals`).
 
-    A signal often goes to all processes of a job. If the training listens to it
-    (:class:`pretrain.signals.StopSignals`), the training decides when to stop, and a worker that dies would
-    end it before it has saved.
+    They often go to all processes of a job, and a worker that dies would end the training before it has saved.
     """
     start_worker(
         ignored=callable(signal.getsignal(signal.SIGTERM))
@@ -102,6 +92,5 @@ def posfield_worker(number: int) -> None:
 def end_workers(runner: Any) -> None:
     """End the data-loading processes. At exit Python would send them a signal that they ignore."""
     for loop in (runner._train_loop, runner._val_loop):
-        iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
-        if iterator is not None:
+        if iterator := getattr(getattr(loop, "dataloader", None), "_iterator", None):
             iterator._shutdown_workers()

@@ -26,24 +26,21 @@ def param_groups(
             first block ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
     """
     depth = len(model.get_submodule(VIT + "blocks"))  # type: ignore[arg-type]
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = decay_all or (parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED)
         rate = lr_rate(name.removeprefix(VIT), depth, layer_decay) if name.startswith(VIT) else 1.0
-        setting = (lr * rate, weight_decay if decays else 0.0)
-        group = groups.setdefault(setting, {"params": [], "lr": setting[0], "weight_decay": setting[1]})
-        group["params"].append(parameter)
-    return list(groups.values())
+        groups.setdefault((lr * rate, weight_decay if decays else 0.0), []).append(parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
     """:func:`param_groups` for mmengine: ``paramwise_cfg=dict(layer_decay=1.0, decay_all=False)``.
 
-    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make a group for each tensor, so AdamW cannot
-    fuse its loops.
+    mmengine's own rules (``norm_decay_mult``, ...) make a group for each tensor: AdamW cannot fuse its loops.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
@@ -56,9 +53,8 @@ class PosfieldPolyLR(PolyLR):
     """Polynomial decay to a fraction of each group's own lr.
 
     ``lr_t = lr_0 * (f + (1 - f) * (1 - t / (T - 1)) ** power)`` for iteration t of T, with f =
-    ``eta_min_ratio``. mmengine's PolyLR takes an absolute ``eta_min`` instead. It does not follow when a
-    sweep changes the lr. And MMSegmentation's Segmenter config has 1e-4, which is above B.3's whole grid, so
-    the lr would rise.
+    ``eta_min_ratio``. mmengine's PolyLR takes an absolute ``eta_min``, which does not follow a sweep of the lr.
+    MMSegmentation's Segmenter config has 1e-4, above B.3's whole grid: the lr would rise.
     """
 
     def __init__(self, optimizer: Any, eta_min_ratio: float, **options: Any) -> None:

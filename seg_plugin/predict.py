@@ -1,6 +1,6 @@
 """A finished run as a model: label maps of images, and of a data set's beside the truth."""
 
-import re
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pretrain.data.datasets import MaskRule
 from pretrain.data.datasets.listing import IMAGE_SUFFIXES
+from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.log import log
 from pretrain.results.runs import POINTS
 from pretrain.settings import replaced
-from seg_plugin.config import declared_protocol, protocol_of, with_todays_data
+from seg_plugin.config import declared_protocol, with_todays_data
 from seg_plugin.data import PARTS, PosfieldLoadImage, section
 
 
@@ -32,8 +33,7 @@ class Segmented:
 
     Attributes:
         pixels: [H, W, 3] uint8, RGB, turned as its EXIF orientation says.
-        predicted: [H, W] int64, the number of the class.
-        truth: the same, if it is known; 255 (or the protocol's ``ignore_index``): not counted.
+        predicted, truth: [H, W] int64, the number of the class; the protocol's ``ignore_index``: not counted.
     """
 
     path: Path
@@ -57,15 +57,14 @@ class Segmenter:
     Attributes:
         model: MMSegmentation's, in evaluation mode; its ``cfg`` is the saved config.
         classes: their names.
-        metainfo: MMSegmentation's words for the classes, with their colors and ``values``: what the masks of the
-            run's data store for each.
+        metainfo: MMSegmentation's words for them, with ``palette`` and ``values``: what the data's masks store.
     """
 
     model: Any
     classes: tuple[str, ...]
     metainfo: dict[str, Any]
 
-    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Segmentation:
+    def predict(self, image: AnyImage) -> Segmentation:
         """Segment an image.
 
         Args:
@@ -90,9 +89,8 @@ def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
     """
     folder = Path(run)
     if (folder / POINTS).is_dir():
-        raise UserError(
-            f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N"
-        )
+        one = folder / POINTS / "lr_LR_wd_WD" / "seed_N"
+        raise UserError(f"run: {folder} is a sweep; give one of its runs, {one}")
     configs, checkpoint = sorted(folder.glob("*.py")), newest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")
@@ -112,20 +110,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: none is whole; names the newest.
     """
-    found = {
-        int(name[1]): path
-        for path in folder.glob("iter_*.pth")
-        if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))
-    }
-    paths = [found[iteration] for iteration in sorted(found, reverse=True)]
+    numbered = [path for path in folder.glob("iter_*.pth") if path.stem[5:].isdecimal()]
+    paths = sorted(numbered, key=lambda path: int(path.stem[5:]), reverse=True)
     for path in paths:
         if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
             return path
         log(f"passed over: {path} was not written to its end")
     if paths:
-        raise UserError(
-            f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew"
-        )
+        told = "was not written to its end, and there is no other; remove it to begin anew"
+        raise UserError(f"checkpoint: {paths[0]} {told}")
     return None
 
 
@@ -138,10 +131,9 @@ def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
     if split not in PARTS:
         raise UserError(f"split: {split!r} is none of {', '.join(PARTS)}")
     values = with_todays_data(model.cfg).val_dataloader.dataset
-    recipe, masks = declared_protocol(protocol_of(model.cfg)), replaced(MaskRule(), values["masks"], "masks")
-    return DATASETS.build(
-        section(recipe, folder or values["data_root"], PARTS[split], values["pipeline"], masks)
-    )
+    recipe, masks = declared_protocol(model.cfg), replaced(MaskRule(), values["masks"], "masks")
+    root, pipeline = folder or values["data_root"], values["pipeline"]
+    return DATASETS.build(section(recipe, root, PARTS[split], pipeline, masks))
 
 
 def spread(count: int, size: int) -> list[int]:
@@ -155,9 +147,8 @@ def segment_dataset(model: Any, dataset: Any, indices: list[int]) -> Iterator[Se
     for index in indices:
         with torch.no_grad():
             sample = model.val_step(pseudo_collate([dataset[index]]))[0]
-        truth, predicted = (
-            field.data.squeeze(0).cpu().numpy() for field in (sample.gt_sem_seg, sample.pred_sem_seg)
-        )
+        maps = (sample.pred_sem_seg, sample.gt_sem_seg)
+        predicted, truth = (field.data.squeeze(0).cpu().numpy() for field in maps)
         yield Segmented(Path(sample.img_path), read_rgb(sample.img_path), predicted, truth)
 
 
@@ -175,14 +166,12 @@ def segment_folder(segmenter: Segmenter, folder: Path) -> Iterator[Segmented]:
         yield Segmented(path, pixels, segmenter.predict(pixels).labels)
 
 
-def read_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+def read_rgb(image: AnyImage) -> np.ndarray:
     """[H, W, 3] uint8, the pixels that the model sees; errors are :meth:`Segmenter.predict`'s."""
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         read: np.ndarray = PosfieldLoadImage()({"img_path": str(image)})["img"]
         return read[..., ::-1]
-    pixels = np.asarray(
-        ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image
-    )
+    pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"image: {pixels.dtype} {list(pixels.shape)} is not uint8 [H, W, 3]")
     return pixels

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,6 @@ from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
 from seg_plugin.protocol import SegmentationProtocol
 
-CONFIG_FILE = "config.py"
-
 
 @dataclass(frozen=True)
 class SegmentationRun:
@@ -41,7 +40,6 @@ class SegmentationRun:
         backbone: registry name.
         weights: the backbone's checkpoint; None: random initialization.
         data: folder of the protocol's data set (:mod:`pretrain.data.datasets`), or the folder around it.
-        output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
         workers: data-loading processes.
@@ -79,10 +77,9 @@ def prepare(
 
     Args:
         data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own (:mod:`pretrain.data.datasets`).
-        weights: the backbone's checkpoint; None: random initialization.
         backbone: registry name; a file of ours says it itself.
         dataset: a key of :data:`seg_plugin.data.DATASETS`; None: what the folder looks like.
-        masks, device, workers, model_kwargs: as :class:`SegmentationRun`.
+        weights, masks, seed, device, workers, model_kwargs: as :class:`SegmentationRun`.
         fields: of the protocol (:class:`seg_plugin.protocol.SegmentationProtocol`), as values or text.
 
     Raises:
@@ -90,18 +87,8 @@ def prepare(
     """
     weights, masks = None if weights is None else Path(weights), masks or MaskRule()
     name, recipe = backbone_name(backbone, weights), recipe_for(data, dataset, fields, masks)
-    return SegmentationRun(
-        name,
-        weights,
-        Path(data),
-        Path(output),
-        recipe,
-        seed,
-        device,
-        workers,
-        dict(model_kwargs or {}),
-        masks,
-    )
+    how = seed, device, workers, dict(model_kwargs or {}), masks
+    return SegmentationRun(name, weights, Path(data), Path(output), recipe, *how)
 
 
 def finetune(data: str | Path, *, output: str | Path, resume: bool = False, **options: Any) -> Path:
@@ -115,22 +102,14 @@ def config(run: SegmentationRun) -> Config:
     Raises:
         UserError: the processes cannot share the batch; the backbone's width is not known.
     """
-    values = segmenter_config(
-        run.protocol,
-        run.backbone,
-        weights=run.weights,
-        model_kwargs=run.model_kwargs,
-        data_root=run.data,
-        masks=run.masks,
-        seed=run.seed,
-        workers=run.workers,
-    )
-    values["work_dir"] = str(run.output)
+    how = {name: getattr(run, name) for name in ("weights", "model_kwargs", "masks", "seed", "workers")}
+    values = segmenter_config(run.protocol, run.backbone, data_root=run.data, **how)
     # "pytorch" means several processes: torchrun or posfield submit set their ranks.
-    values["launcher"] = "pytorch" if "RANK" in os.environ else "none"
-    values["model_wrapper_cfg"] = {"type": "PosfieldDataParallel"}
-    # The file name of the saved copy.
-    return Config(values, cfg_text="made by seg_plugin.run\n", filename=CONFIG_FILE)
+    launcher = "pytorch" if "RANK" in os.environ else "none"
+    values |= dict(
+        work_dir=str(run.output), launcher=launcher, model_wrapper_cfg={"type": "PosfieldDataParallel"}
+    )
+    return Config(values, cfg_text="made by seg_plugin.run\n", filename="config.py")  # of the saved copy
 
 
 def train(run: SegmentationRun, resume: bool = False) -> Path:
@@ -154,10 +133,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
 def _train(run: SegmentationRun, resume: bool) -> Path:
     cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
-        told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
-        raise UserError(
-            f"{told}, but this one was told no RANK: unset them, or use torchrun or posfield submit"
-        )
+        told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes, but this one was told no RANK"
+        raise UserError(f"{told}: unset them, or use torchrun or posfield submit")
     if _is_over(run, cfg):
         say(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
@@ -168,21 +145,18 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
-            raise UserError(
-                f"output: {output} holds an unfinished run ({checkpoint.name}); go on with it by --resume"
-            )
+            told = f"holds an unfinished run ({checkpoint.name}); go on with it by --resume"
+            raise UserError(f"output: {output} {told}")
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
-        with on_device(run.device) as device, StopSignals() as signals:
+        with on_device(run.device) as device, StopSignals() as signals, ExitStack() as at_end:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
-            try:
-                runner.train()
-            finally:
-                end_workers(runner)
+            at_end.callback(end_workers, runner)
+            runner.train()
         distributed.barrier()  # until the main process has written the result
         distributed.stop()
     except Interrupted:
@@ -191,14 +165,12 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
         distributed.stop()
         raise
     except UserError as error:  # a data-loading process's error has its traceback; the last line is ours
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from error
+        told = str(error).strip().splitlines()[-1]
+        raise UserError(told.removeprefix(f"{UserError.__module__}.UserError: ")) from error
     return output / FILE_NAME
 
 
 def _is_over(run: SegmentationRun, cfg: Config) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of the run's folder, whatever checkpoints it has."""
     saved, changed = Path(run.output) / SETTINGS_FILE, None
     if saved.is_file():
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}

@@ -1,17 +1,16 @@
-"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean
-mIoU is its result.
+"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean mIoU is
+its result.
 
-Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines.
-The last one to end finds the results of all others and writes ``output/result.json``. Two that end at once
-write the same bytes.
+Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines. The last to
+end finds the results of all others and writes ``output/result.json``; two that end at once write the same bytes.
 """
 
 import os
-import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from pretrain.errors import UserError
@@ -64,8 +63,7 @@ def run_point(run: SegmentationRun, index: int) -> Path:
 
 
 def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> Path:
-    """Run what is left of the grid, ``n_at_once`` at a time, each in a process of its own. One that fails
-    stops no other.
+    """Run what is left of the grid, ``n_at_once`` at a time, each in its own process. A failure stops no other.
 
     Args:
         command: runs :func:`run_point`; the index is appended as a word.
@@ -81,14 +79,14 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     if processes() > 1 or "RANK" in os.environ:  # the runs would take them for theirs
         told = "one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
         raise UserError(f"--sweep: {told}")
-    jobs = {}
-    for index, point in enumerate(points(run)):
-        name = str(point.output.relative_to(Path(run.output) / POINTS))
-        jobs[name] = [Stage("run", point.output, [*command, str(index)])]
+    folder = Path(run.output) / POINTS
+    jobs = {
+        str(point.output.relative_to(folder)): [Stage("run", point.output, [*command, str(index)])]
+        for index, point in enumerate(points(run))
+    }
     ended = Runner(n_at_once, n_gpus=0 if run.device == "cpu" else 1).run(jobs)
     failed, left = ([name for name, how in ended.items() if how == which] for which in (FAILED, LEFT))
-    logs = f"(logs in {Path(run.output) / POINTS}, RUN.log)"
-    told = f"sweep: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} {logs}"
+    told = f"sweep: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {folder}, RUN.log)"
     raise_for(told if failed else "", left, f"{len(jobs)} runs")
     result = conclude(run)
     assert result is not None, "every run has ended and left its result"
@@ -102,12 +100,9 @@ def _check_folder(run: SegmentationRun) -> None:
 
 def status(run: SegmentationRun) -> str:
     """One line a run: its index, its folder, and its mIoU if it is finished."""
-    lines = []
-    for index, point in enumerate(points(run)):
-        is_done = (point.output / FILE_NAME).is_file()
-        miou = f"{read_result(point.output).metrics['miou']:.2f}" if is_done else "-"
-        lines.append(f"{index:3d}  {point.output}  {miou}")
-    return "\n".join(lines)
+    found = [point.output for point in points(run)]
+    done = [(at / FILE_NAME).is_file() and f"{read_result(at).metrics['miou']:.2f}" for at in found]
+    return "\n".join(f"{i:3d}  {at}  {miou or '-'}" for i, (at, miou) in enumerate(zip(found, done)))
 
 
 def conclude(run: SegmentationRun) -> Path | None:
@@ -122,44 +117,39 @@ def conclude(run: SegmentationRun) -> Path | None:
     results = [read_result(point.output) for point in runs]
     weights_hash = file_hash(run.weights) if run.weights else None
     for point, result in zip(runs, results):
+        told = ""
         if result.weights_hash != weights_hash:
-            other = f"is a run of other weights than {run.weights}; remove it and start again"
-            raise UserError(f"sweep: {point.output} {other}")
-        if _deviations(result) != _deviations(results[0]):
-            other = f"{runs[0].output} follow different recipes; remove one and start again"
-            raise UserError(f"sweep: {point.output} and {other}")
+            told = f"is a run of other weights than {run.weights}; remove it"
+        elif _deviations(result) != _deviations(results[0]):
+            told = f"and {runs[0].output} follow different recipes; remove one"
+        if told:
+            raise UserError(f"sweep: {point.output} {told} and start again")
     return write_result(_summary(runs, results), run.output)
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:
     """A run's deviations, without its place in the grid. A changed grid shows in ``lr_grid``."""
-    own, all_ = (SWEEP, "lr", "weight_decay"), result.protocol.deviations
-    return {key: pair for key, pair in all_.items() if key not in own}
+    changed = result.protocol.deviations.items()
+    return {key: pair for key, pair in changed if key not in (SWEEP, "lr", "weight_decay")}
 
 
 def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     """The best setting's result over its seeds, with all settings under ``grid``."""
-    seeds = runs[0].protocol.seeds
-    settings = [slice(first, first + seeds) for first in range(0, len(runs), seeds)]
-    means = [statistics.fmean(result.metrics["miou"] for result in results[setting]) for setting in settings]
-    chosen = settings[means.index(max(means))]
-    best, of_seeds = runs[chosen][0].protocol, results[chosen]
-    deviations = _deviations(of_seeds[0])
-    grid = {}
-    for setting in settings:
-        way = runs[setting][0].protocol
-        name = f"lr {way.lr:g}, weight decay {way.weight_decay:g}"
-        grid[name] = _scores(runs[setting], results[setting])
+    n = runs[0].protocol.seeds
+    grid = [_scores(runs[i : i + n], results[i : i + n]) for i in range(0, len(runs), n)]
+    best = max(range(len(grid)), key=lambda index: grid[index]["miou"])
+    of_seeds = results[best * n : (best + 1) * n]
+    first, changed = of_seeds[0], _deviations(of_seeds[0])
+    metrics = {name: fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
+    ious = [result.metrics["iou"] for result in of_seeds]
+    per_class = {name: fmean(iou[name] for iou in ious if name in iou) for name in sorted(set().union(*ious))}
+    named = {f"lr {way['lr']:g}, weight decay {way['weight_decay']:g}": way for way in grid}
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
-    metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
-    classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
-    per_class = {
-        name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"])
-        for name in classes
-    }
-    return of_seeds[0].with_changes(
-        protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
-        metrics={**metrics, **_scores(runs[chosen], of_seeds), "iou": per_class, "grid": grid},
+    return first.with_changes(
+        protocol=Protocol(
+            name=first.protocol.name, version=first.protocol.version, full=not changed, deviations=changed
+        ),
+        metrics={**metrics, **grid[best], "iou": per_class, "grid": named},
         config_hash=config_hash({"sweep": sorted({result.config_hash for result in results})}),
         wall_time_s=sum(result.wall_time_s for result in results),
         peak_memory_mib=max(memory, default=None),
@@ -170,6 +160,6 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
 def _scores(runs: list[SegmentationRun], results: list[Result]) -> dict[str, Any]:
     """A setting's numbers, and its mIoU in percent: mean, sample standard deviation, and each seed's."""
     miou = {str(run.seed): result.metrics["miou"] for run, result in zip(runs, results)}
-    spread = {"miou_std": statistics.stdev(miou.values())} if len(miou) > 1 else {}
+    spread = {"miou_std": stdev(miou.values())} if len(miou) > 1 else {}
     setting = {"lr": runs[0].protocol.lr, "weight_decay": runs[0].protocol.weight_decay, "seeds": len(miou)}
-    return {"miou": statistics.fmean(miou.values()), **spread, "miou_by_seed": miou, **setting}
+    return {"miou": fmean(miou.values()), **spread, "miou_by_seed": miou, **setting}

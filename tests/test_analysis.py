@@ -125,11 +125,11 @@ def test_knn_equals_a_plain_loop():
             sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)
         ]
         expected.append(votes.index(max(votes)))
-    (got,) = knn_predict(bank, labels, queries, (7,), 4, chunk=4)
+    (got,) = knn_predict(bank, labels, queries, (7,), 4, 0.07)
     assert got.tolist() == expected
-    assert torch.equal(knn_predict(bank, labels, bank, (1,), 4)[0], labels)
+    assert torch.equal(knn_predict(bank, labels, bank, (1,), 4, 0.07)[0], labels)
     with pytest.raises(ValueError, match="k=41"):
-        knn_predict(bank, labels, queries, (41,), 4)
+        knn_predict(bank, labels, queries, (41,), 4, 0.07)
 
 
 def test_a_runs_figures(tmp_path, capsys):

@@ -56,19 +56,20 @@ def test_the_tool_leaves_the_ratios(tmp_path):
         assert found[name] > 0 and f"{name} {found[name]}  (at most {bound})" in out.stdout.replace(
             "0.30", "0.3"
         )
-    assert all(found[name]["seconds"] > 0 < found[name]["peak_mib"] for name in (*det.OURS, *det.THEIRS))
+    assert all(found["seconds"][name] > 0 < found["peak_mib"][name] for name in (*det.OURS, *det.THEIRS))
 
 
 @pytest.mark.parametrize("name", ["ours_windowed", "ours_checkpointed", "detectron2_windowed"])
 def test_a_step_trains_every_part(name):
     recipe = with_overrides(protocol("coco-12ep", TINY), SMALL)
     torch.manual_seed(0)
-    train = step.Step(step.build(name, recipe, TINY, dict(depth=4)), recipe, torch.device("cpu"))
-    before = {key: p.detach().clone() for key, p in train.model.named_parameters()}
-    train(step.synthetic_batch(recipe, 2))
+    model = step.build(name, recipe, TINY, dict(depth=4))
+    train = step.training_step(model, recipe, torch.device("cpu"), step.synthetic_batch(recipe, 2))
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    train()
     same = {
         key.split(".")[0]
-        for key, p in train.model.named_parameters()
+        for key, p in model.named_parameters()
         if p.requires_grad and torch.equal(p, before[key])
     }
     assert not same and {key.split(".")[0] for key in before} == {
@@ -86,9 +87,9 @@ def test_steps_of_several_batch_sizes_are_measured(monkeypatch):
         f["img_per_s"] > 0 < f["peak_mib"] for f in found["ours"].values()
     )
 
-    def no_memory(self, batch):
+    def no_memory(contenders, *how):
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(step.Step, "__call__", no_memory)
-    recipe = with_overrides(protocol("coco-12ep", TINY), SMALL)
-    assert step._figures("ours", recipe, TINY, dict(depth=1), [1, 2], 1, "cpu") == {"1": "out of memory"}
+    monkeypatch.setattr(step, "in_turns", no_memory)
+    found = step.measure(TINY, [1, 2], 1, "cpu", contenders=["ours"], overrides=SMALL)
+    assert found["ours"] == {"1": "out of memory"}

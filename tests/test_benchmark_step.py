@@ -15,7 +15,9 @@ def test_the_tool_leaves_the_figures(tmp_path, capsys, monkeypatch):
     ]
     load_tool("benchmark").main(["step", *words, *settings])
     found = json.loads((tmp_path / "f.json").read_text())
-    assert found["method_over_baseline"] > 0 and len(found["turns"]) == 1 and found["batch_size"] == 2
+    assert found["method_over_baseline"] > 0 < found["memory_ratio"] and found["batch_size"] == 2
+    assert found["turns"] == [found["method_over_baseline"]]
     for method in ("intertwined", "dinov2"):
+        assert found["seconds"][method] > 0 < found["peak_mib"][method]
         assert found[method]["seconds"] > 0 and found[method]["gflops_an_image"] > 0
     assert f"method_over_baseline {found['method_over_baseline']}" in capsys.readouterr().out

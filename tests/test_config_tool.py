@@ -11,7 +11,7 @@ from recipe_fixture import CONFIGS
 from test_config import AS_WRITTEN
 from tool_fixture import TOOLS, ended
 
-from pretrain.config import RECIPES, layers_of, load_config, model_of
+from pretrain.config import RECIPES, load_config, resolved
 from pretrain.methods import SHIPPED, find_method
 from pretrain.settings import fields, flat, json_schema, printed
 
@@ -28,7 +28,7 @@ def words_for(path):
 def test_every_shipped_config_is_printed_and_loads_back(path, tmp_path):
     words = words_for(path)
     config = load_config(path, words)
-    text = printed(config, layers_of(path, words))
+    text = printed(config, resolved(path, words)[1])
     (tmp_path / "printed.yaml").write_text(text, encoding="utf-8")
     assert load_config(tmp_path / "printed.yaml") == config
     lines = [line for line in text.splitlines() if line and not line.endswith(":")]
@@ -58,7 +58,7 @@ def test_any_text_is_printed_so_that_it_is_read_again(text, tmp_path):
     config = load_config(None, [f"run.name={text}", f"data.root={text}"])
     file = tmp_path / "child\x7f\u2028# {a}.yaml"  # its name stands in comments
     file.write_text("optim:\n  epochs: 3  # few \u00fc\n")
-    for told, layers in ((config, []), (load_config(file, [f"run.name={text}"]), layers_of(file))):
+    for told, layers in ((config, []), (load_config(file, [f"run.name={text}"]), resolved(file)[1])):
         printed_file = tmp_path / "printed.yaml"
         printed_file.write_text(printed(told, layers), encoding="utf-8")
         assert load_config(printed_file) == told
@@ -132,7 +132,7 @@ def test_the_tool_prints_a_schema_that_the_configs_fit(name, capsys):
     path = CONFIGS / f"{name}.yaml"
     assert ended("config", path, "--schema") == 0
     schema = json.loads(capsys.readouterr().out)
-    assert schema == json_schema(model_of(path))
+    assert schema == json_schema(resolved(path)[0])
     keys = opened(schema, schema)
     kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
     for key, value in flat(yaml.safe_load(path.read_text())).items():

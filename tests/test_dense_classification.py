@@ -105,7 +105,7 @@ def test_crops_are_dinos(size):
     assert torch.equal(center_crop(np.array(image), 256, 224), expected)
 
 
-def test_chunks_of_the_search_change_nothing():
+def test_chunks_of_the_search_change_nothing(monkeypatch):
     g = torch.Generator().manual_seed(0)
     bank, queries, labels = (
         torch.randn(300, 8, generator=g),
@@ -118,11 +118,13 @@ def test_chunks_of_the_search_change_nothing():
     assert torch.equal(whole[1], plain.indices[:, :30]) and torch.equal(chunked[1], whole[1])
     torch.testing.assert_close(whole[0], plain.values[:, :30])
     torch.testing.assert_close(chunked[0], whole[0])
-    each = knn_predict(bank, labels, queries, (1, 7, 30), 5, chunk=10, bank_chunk=16)
+    monkeypatch.setattr(module, "QUERIES", 10)
+    monkeypatch.setattr(module, "BANK_CHUNK", 16)
+    each = knn_predict(bank, labels, queries, (1, 7, 30), 5, 0.07)
     for k, found in zip((1, 7, 30), each):
-        assert torch.equal(found, knn_predict(bank, labels, queries, (k,), 5)[0])
+        assert torch.equal(found, knn_predict(bank, labels, queries, (k,), 5, 0.07)[0])
     assert torch.equal(each[0], labels[whole[1][:, 0]])
-    votes = class_votes(whole[0], labels[whole[1]], (7, 30), 5)
+    votes = class_votes(whole[0], labels[whole[1]], (7, 30), 5, 0.07)
     by_hand = torch.zeros(5).index_add(0, labels[whole[1][3, :7]], (whole[0][3, :7] / 0.07).exp())
     torch.testing.assert_close(votes[0, 3], by_hand)
     assert votes.shape == (2, 37, 5) and (votes[1] >= votes[0]).all()

@@ -175,7 +175,7 @@ def test_seeds_and_pool(features, squares):
 def test_the_pool_is_drawn_from_all_patches(features, squares):
     all_patches, _ = all_of(features, squares, 4)
     settings = ClusteringSettings(image_px=SIDE, label_px=4, pca_dim=99, max_patches=50)
-    project, pool = module._projected_pool(features, squares, settings)
+    project, pool = module._pool(features, squares, settings)
     distances = torch.cdist(pool.double(), project(torch.from_numpy(all_patches)))
     rows = distances.argmin(1)
     assert pool.shape == (50, 12) and distances.min(1).values.max() < 1e-5

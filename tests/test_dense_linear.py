@@ -20,13 +20,13 @@ from pretrain.evaluation import linear_segmentation as linear_module
 from pretrain.evaluation.dense import settings_of
 from pretrain.evaluation.features import Features, frozen, whole_patches
 from pretrain.evaluation.linear_segmentation import (
-    Head,
     LinearSettings,
     backward,
     cropped,
     drawn,
     fit,
     linear,
+    new_head,
 )
 from pretrain.evaluation.miou import confusion_of, shrink
 from pretrain.settings import replaced
@@ -108,7 +108,7 @@ def test_the_head_is_trained_as_the_published_loop_trains_it(chunk, monkeypatch)
     for module in (linear_module, features_module):
         monkeypatch.setattr(module, "FORWARD_BATCH", chunk)  # images whose gradients are added up
     train, backbone = random_set(12), tiny_vit()
-    head = Head(24, 3, seed=7)
+    head = new_head(24, 3, seed=7)
     conv = nn.Conv2d(24, 3, 1)
     with torch.no_grad():
         conv.weight.copy_(head.weight[..., None, None])
@@ -137,7 +137,7 @@ def test_the_head_is_trained_as_the_published_loop_trains_it(chunk, monkeypatch)
 
 
 def test_miou_is_that_of_the_published_validation():
-    val, backbone, head = random_set(5, "val"), tiny_vit(), Head(24, 3, seed=0)
+    val, backbone, head = random_set(5, "val"), tiny_vit(), new_head(24, 3, seed=0)
     with frozen(backbone):
         confusion, _ = confusion_of(head, features_of(backbone), val, SIDE, 20, 32, 0)
         images = torch.from_numpy(np.stack(val.images)).permute(0, 3, 1, 2)
@@ -193,7 +193,7 @@ def test_what_is_not_counted_changes_nothing():
     patches, labels = torch.randn(40, 16, 4, generator=g), torch.randint(0, 4, (40, 20, 20), generator=g)
 
     def gradient(patches, labels):
-        head = Head(4, 3, seed=0)
+        head = new_head(4, 3, seed=0)
         backward(head, patches.split(32), labels)
         return torch.cat([head.weight.grad.flatten(), head.bias.grad])
 
@@ -210,7 +210,7 @@ def test_what_is_not_counted_changes_nothing():
 
 
 def weights_after(settings, train, backbone=None):
-    head = Head(4 if backbone is None else backbone.embed_dim, 3, settings.seed)
+    head = new_head(4 if backbone is None else backbone.embed_dim, 3, settings.seed)
     fit(head, features_of(backbone or Colors()), train, settings, SIDE)
     return torch.cat([head.weight, head.bias[:, None]], 1).detach()
 
@@ -275,7 +275,7 @@ def test_a_seed_is_the_whole_of_chance():
 
 
 def test_the_first_weights_are_a_convolutions():
-    head, bound = Head(400, 50, seed=0), 400**-0.5
+    head, bound = new_head(400, 50, seed=0), 400**-0.5
     conv = nn.Conv2d(400, 50, 1)
     for ours, theirs in ((head.weight, conv.weight), (head.bias, conv.bias)):
         assert ours.abs().max() <= bound and theirs.abs().max() <= bound

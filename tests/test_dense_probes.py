@@ -48,7 +48,8 @@ def test_the_probe_is_the_evaluators_at_small_settings(sets):
     parts = [open_label_set(sets / "toy", part).first(2) for part in ("train", "val")]
     with frozen(backbone):
         features = Features(backbone, torch.device("cpu"), nullcontext())
-        expected = linear(features, *parts, LinearSettings(image_px=32, augment=False, batch_size=32)).metrics
+        of_linear = LinearSettings(image_px=32, augment=False, batch_size=32, epochs=5)
+        expected = linear(features, *parts, of_linear).metrics
         expected |= in_context(
             features, *parts, InContextSettings(image_px=32, augment=False, passes=1, memory_size=50_000)
         ).metrics

@@ -36,7 +36,7 @@ from det_plugin.detectron2_engine.evaluate import config_deviations
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.loader import TrainLoader
 from det_plugin.detectron2_engine.model import BFloat16RCNN, RegistryBackbone
-from det_plugin.detectron2_engine.optim import ClippedAdamW
+from det_plugin.detectron2_engine.optim import adamw
 from det_plugin.detectron2_engine.saved_config import plain
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.optim import lr_at
@@ -192,7 +192,7 @@ def numbers_of(cfg):
         weight_decay=max(g["weight_decay"] for g in groups),
         layer_decay=max(r for g in groups if (r := g["lr"] / max(h["lr"] for h in groups)) < 0.999),
         drop_path=pyramid.net.vit.blocks[-1].drop_path.rate,
-        clip_grad=optimizer.max_norm if isinstance(optimizer, ClippedAdamW) else 0.0,
+        clip_grad=next((h.keywords["max_norm"] for h in optimizer._optimizer_step_pre_hooks.values()), 0.0),
         amp=cfg.train.amp.enabled or isinstance(model, BFloat16RCNN),
         amp_dtype="float16"
         if cfg.train.amp.enabled
@@ -386,7 +386,8 @@ def test_clipping_bounds_the_norm_of_all_gradients():
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     for p in parameters:
         p.grad = torch.full((2,), 3.0)  # norm 6 together
-    ClippedAdamW([{"params": [p]} for p in parameters], max_norm=1.5, lr=0.1).step()
+    how = dict(lr=0.1, betas=(0.9, 0.999), weight_decay=0.01, clip_grad=1.5)
+    adamw([{"params": [p]} for p in parameters], **how).step()
     assert torch.stack([p.grad for p in parameters]).norm() == pytest.approx(1.5)
 
 
@@ -551,7 +552,7 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
 
 @pytest.mark.parametrize(
     "text, named",
-    [("junk", "is no JSON"), ("[1, 2]", "no COCO instances file"), ('{"images": []}', "annotations")],
+    [("junk", "cannot be read as JSON"), ("[1, 2]", "holds no mapping"), ('{"images": []}', "annotations")],
 )
 def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, named):
     (tmp_path / "annotations").mkdir()

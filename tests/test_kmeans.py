@@ -90,9 +90,11 @@ def test_the_best_restart_is_kept_and_the_seed_decides():
     assert torch.equal(best.centers, again.centers) and torch.equal(best.labels, again.labels)
 
 
-def test_chunks_change_nothing():
+def test_chunks_change_nothing(monkeypatch):
     x = blobs(dtype=torch.float32)
-    whole, parts = (kmeans(x, 9, generator(), n_restarts=2, chunk=chunk) for chunk in (2**22, 100))
+    whole = kmeans(x, 9, generator(), n_restarts=2)
+    monkeypatch.setattr(kmeans_module, "CHUNK", 100)
+    parts = kmeans(x, 9, generator(), n_restarts=2)
     assert torch.equal(whole.labels, parts.labels)
     torch.testing.assert_close(whole.centers, parts.centers, rtol=1e-6, atol=0)
     assert parts.inertia == pytest.approx(whole.inertia, rel=1e-9)
@@ -107,7 +109,8 @@ def test_memory_is_one_chunk_of_distances(monkeypatch):
         return out
 
     monkeypatch.setattr(kmeans_module.torch, "addmm", watched)
-    nearest_centers(blobs(), blobs(n=20), chunk=1000)
+    monkeypatch.setattr(kmeans_module, "CHUNK", 1000)
+    nearest_centers(blobs(), blobs(n=20))
     assert max(seen) <= 1000 and sum(seen) == 600 * 20
 
 

@@ -232,7 +232,7 @@ def test_unreadable_images_are_replaced_by_drawn_ones(photos):
 
 
 def test_the_benchmark_measures_every_contender():
-    figures = measure(rounds=1, images_a_turn=2, render_batch=1)
+    figures = measure(rounds=1, batch=1, images_a_turn=2)
     assert {
         f"{name}_img_per_s" for name in ("decode", "torchvision", "cpu", "device_worker", "device_render")
     } < set(figures)

@@ -18,7 +18,7 @@ from runs_fixture import ROOT, differences, lines_of, tensors_of, train_on_ranks
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
-from pretrain.config import layers_of, load_config, run_protocol
+from pretrain.config import load_config, resolved, run_protocol
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.methods import find_method
@@ -116,7 +116,7 @@ def test_every_setting_has_a_source_and_a_wrong_one_is_a_line(folder):
 def test_its_config_is_printed_and_loads_again(tmp_path):
     words = ["data.root=photos", "run.seed=7"]
     config = load_config(CONFIG, words)
-    text = printed(config, layers_of(CONFIG, words))
+    text = printed(config, resolved(CONFIG, words)[1])
     assert "[SimCLR, Table 5]" in text and "1e-5 takes hundreds of iterations" in text
     (tmp_path / "printed.yaml").write_text(text)
     assert flat(load_config(tmp_path / "printed.yaml")) == flat(config)

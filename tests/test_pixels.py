@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as on_tensors
 
 from pretrain.views.batch import Batch
 from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
-from pretrain.views.color import OPERATIONS, Color, ColorSettings, draw_colors
+from pretrain.views.color import OPERATIONS, ColorSettings, draw_colors
 from pretrain.views.masks import MaskSettings, draw_masks
 from pretrain.views.pixels import (
     ADJUST,
@@ -138,9 +138,9 @@ def test_a_whole_color_is_torchvisions(order):
         end = on_tensors.rgb_to_grayscale(expected, 3) if gray else expected
         end = on_tensors.gaussian_blur(end, [9, 9], [sigma, sigma]) if sigma else end
         end = torch.where(end * 255 >= 127.5, 1 - end, end) if solarized else end
-        ours = apply_color(image, Color(True, list(order), factors, gray, sigma, solarized), ColorSettings())
+        ours = apply_color(image, (True, list(order), factors, gray, sigma, solarized), ColorSettings())
         assert levels_apart(ours, end * 255) <= 3.5
-    assert apply_color(image, Color(False, list(order), factors, False, 0.0, False), ColorSettings()) is image
+    assert apply_color(image, (False, list(order), factors, False, 0.0, False), ColorSettings()) is image
 
 
 def test_rendering_is_crop_then_color():

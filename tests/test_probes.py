@@ -29,7 +29,7 @@ from pretrain.evaluation.in_context import InContextSettings, in_context
 from pretrain.evaluation.knn import KnnSettings, knn_classification
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
 from pretrain.evaluation.position import centers, draw_masks, ridge
-from pretrain.evaluation.probes import PositionProbe, Probes
+from pretrain.evaluation.probes import SCALED_DOWN, PositionProbe, Probes
 from pretrain.train import train
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights import save_backbone
@@ -247,7 +247,9 @@ def test_the_probes_are_the_evaluators_at_small_settings(sets):
     with frozen(backbone):
         features = features_of(backbone)
         top1 = knn_classification(features, *classes, KnnSettings(resize_px=37, crop_px=32, k=(3,)))
-        miou = linear(features, *pixels, LinearSettings(image_px=32, augment=False, batch_size=32))
+        of_linear = LinearSettings(image_px=32, augment=False, batch_size=32, epochs=5)
+        assert SCALED_DOWN["linear"]["epochs"] < LinearSettings().epochs  # a probe takes seconds on a CPU
+        miou = linear(features, *pixels, of_linear)
         of_neighbors = in_context(features, *pixels, small)
     assert found == {
         "probe/knn_top1": top1.metrics["knn_top1_k3"],

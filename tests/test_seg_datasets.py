@@ -261,7 +261,7 @@ def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
     for content in (b"", b"\xff\xd8", b"\x89PNG"):
         path.write_bytes(content)
         if content == b"\xff\xd8":
-            with pytest.raises(UserError, match="JPEG without an end"):
+            with pytest.raises(ValueError, match="JPEG without an end"):
                 check_whole(path)
         else:
             check_whole(path)  # no JPEG: OpenCV refuses it by itself

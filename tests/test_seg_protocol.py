@@ -237,7 +237,7 @@ def test_loops_and_hooks(runner):
     assert hooks["CheckpointHook"].interval == 2_000 and hooks["CheckpointHook"].by_epoch is False
     assert hooks["ParamSchedulerHook"] and hooks["PosfieldRunHook"] and "EMAHook" not in hooks
     # Read by result.json: one run of the grid, on six images, and no other deviation.
-    changed = config_deviations(runner.cfg, hooks["PosfieldRunHook"].protocol, {}, processes=1)
+    changed = config_deviations(runner.cfg, {}, processes=1)
     assert changed == {
         "training_images": [20_210, 6],
         "validation_images": [2_000, 3],
@@ -355,16 +355,15 @@ def test_a_changed_config_cannot_pass_for_the_full_protocol(tmp_path):
             data_root=write_ade(tmp_path / "ade"),
         )
     )
-    values = cfg.custom_hooks[0].protocol
-    known = set(config_deviations(cfg, values, {}, processes=1))
+    known = set(config_deviations(cfg, {}, processes=1))
     assert known == {"training_images", "validation_images", "sweep"}
-    assert config_deviations(cfg, values, {}, processes=8)["train_dataloader.batch_size"] == [16, 128]
+    assert config_deviations(cfg, {}, processes=8)["train_dataloader.batch_size"] == [16, 128]
     cfg.merge_from_dict(
         {"optim_wrapper.type": "AmpOptimWrapper", "train_cfg.max_iters": 20, "model.decode_head.num_convs": 1}
     )
     cfg.val_cfg.fp16 = True
     cfg.custom_hooks.append({"type": "EMAHook"})
-    found = config_deviations(cfg, values, {"depth": 4}, processes=1)
+    found = config_deviations(cfg, {"depth": 4}, processes=1)
     assert {key: pair for key, pair in found.items() if key not in known} == {
         "hooks.2.type": [None, "EMAHook"],
         "model.decode_head.num_convs": [0, 1],
@@ -476,12 +475,12 @@ def test_a_frozen_backbone_is_one_deviation(tmp_path):
         "decode_head.conv_seg.weight",
         "decode_head.conv_seg.bias",
     }
-    found = config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, processes=1)
+    found = config_deviations(cfg, {}, processes=1)
     assert {key: pair for key, pair in found.items() if "images" not in key and key != "sweep"} == {
         "freeze_backbone": [False, True]
     }
     cfg.merge_from_dict({"model.backbone.freeze": False})  # as --cfg-options of a launcher
-    assert config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, 1)["model.backbone.freeze"] == [
+    assert config_deviations(cfg, {}, 1)["model.backbone.freeze"] == [
         True,
         False,
     ]

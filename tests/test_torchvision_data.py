@@ -80,8 +80,11 @@ def test_objects_of_zero_extent_are_dropped_in_training_alone(own):
 
 BROKEN = [
     (lambda root: annotation_file(root, "train").unlink(), "no file .*instances_train2017.json"),
-    (lambda root: annotation_file(root, "train").write_text("{"), "instances_train2017.json is no JSON"),
-    (lambda root: annotation_file(root, "train").write_text("[]"), "no list 'images'"),
+    (
+        lambda root: annotation_file(root, "train").write_text("{"),
+        "instances_train2017.json cannot be read as JSON",
+    ),
+    (lambda root: annotation_file(root, "train").write_text("[]"), "holds no mapping"),
     (lambda root: edit(root, "train", lambda c: c.pop("categories")), "no list 'categories'"),
     (lambda root: edit(root, "train", lambda c: c["images"][0].pop("width")), "lacks 'width'"),
     (

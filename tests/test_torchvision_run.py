@@ -371,11 +371,11 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
     """A long way from one evaluation to the next, a killed process loses minutes, not hours."""
     saved = []
     monkeypatch.setattr(
-        "det_plugin.torchvision_engine.train.save_checkpoint",
+        "det_plugin.torchvision_engine.folder.save_checkpoint",
         lambda folder, state: saved.append(state["iteration"]),
     )
     train(make("seldom", eval_every=4))
-    monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
+    monkeypatch.setattr("det_plugin.loop.SAVE_PERIOD_S", -1)
     train(make("often", eval_every=4))
     assert saved == [4, 1, 2, 3, 4]
 

@@ -175,8 +175,8 @@ def test_a_subnet_that_is_absent_is_named(tmp_path):
         ("croc", "cribo", "croc_loss is found in files of croc"),
         ("cribo", "croc", "centroids_queue_cpu is found in files of cribo"),
         ("mugs", "ibot", "student_mem is found in files of mugs"),
-        ("dino", "mae", "no network under the names of MAE's files"),
-        ("dino", "leopart", "no network under the names of Leopart's files"),
+        ("dino", "mae", "no network under the names of its files"),
+        ("dino", "leopart", "no network under the names of its files"),
         ("dino", "selfpatch", "left over head."),
     ],
 )

@@ -109,7 +109,7 @@ def without(state, key):
         (
             {"model": filled(DinoViT()).state_dict()},
             {"source": "mae"},
-            "pos_embed is not MAE's fixed sin-cos table",
+            "pos_embed is not its fixed sin-cos table",
         ),
         ({"model": filled(DropPos()).state_dict()}, {"source": "mae"}, "mask_pos_token"),
         ({"model": filled(Mae()).state_dict()}, {"source": "droppos"}, "decoder_pos_embed"),

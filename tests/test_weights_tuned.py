@@ -131,10 +131,10 @@ def changed(state, **values):
         ),
         (NECO.state_dict(), {"subnet": "student"}, "subnet student is not there"),
         (behind(model=LEOPART), {"subnet": "teacher"}, "subnet teacher is not there"),
-        (TIMET.state_dict(), {"source": "leopart"}, "no network under the names of Leopart's files"),
-        (behind(model=LEOPART), {"source": "timet"}, "no network under the names of TimeT's files"),
+        (TIMET.state_dict(), {"source": "leopart"}, "no network under the names of its files"),
+        (behind(model=LEOPART), {"source": "timet"}, "no network under the names of its files"),
         (behind(model=LEOPART), {"source": "neco"}, "prototypes"),
-        (DINO.state_dict(), {"source": "timet"}, "no network under the names of TimeT's files"),
+        (DINO.state_dict(), {"source": "timet"}, "no network under the names of its files"),
         (changed(TIMET.state_dict(), feature_extractor__backbone__cls_token=None), {}, "cls_token"),
         (changed(TIMET.state_dict(), feature_extractor__backbone__norm__bias=None), {}, "norm.bias"),
         (

@@ -10,7 +10,7 @@ from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, source_names
 from pretrain.weights.common import Match
 from pretrain.weights.container import Container
-from pretrain.weights.read import find_source
+from pretrain.weights.read import converted
 from pretrain.weights.sources import SOURCES, unsupported
 
 D = 8
@@ -204,5 +204,5 @@ def test_any_source_on_any_file(tmp_path, name):
     for tree in layouts():
         file = Container(tmp_path / "mixed.pth", tree)
         with pytest.raises(UserError, match=r"mixed\.pth"):
-            find_source(file, name).convert(file, None)
+            converted(file, name)
             pytest.fail(f"{name} read {list(tree)[:3]}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.windows import global_blocks
 from pretrain.backbones.vit import ViT
-from pretrain.benchmark.turns import Work, in_turns, ratio
+from pretrain.benchmark.turns import Work, in_turns, report
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 
@@ -46,15 +46,14 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
     where = str(choose_device(device))
     check_alike(backbone, where)
     contenders = {name: (work, (name, backbone, image_px, where)) for name in (*THEIRS, *OURS)}
-    found = in_turns(contenders, where, rounds)
-    ratios: dict[str, float] = {}
-    for name in OURS:
-        suffix = name.removeprefix("ours")
-        theirs = found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]
-        ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], theirs).items()}
-    raw = {name: figures.shown() for name, figures in found.items()}
-    setup = {"backbone": backbone, "image_px": image_px, "device": where, "threads": torch.get_num_threads()}
-    return {**ratios, **raw, **setup}
+    ratios = {"{}_ratio" + name.removeprefix("ours"): (name, reference(name)) for name in OURS}
+    asked = {"backbone": backbone, "image_px": image_px, "device": where}
+    return report(in_turns(contenders, where, rounds), ratios) | asked
+
+
+def reference(name: str) -> str:
+    """Which of :data:`THEIRS` one of :data:`OURS` is compared with."""
+    return "detectron2_windowed" if name == "ours_windowed" else "detectron2"
 
 
 def work(name: str, backbone: str, image_px: int, device: str) -> Work:
@@ -134,6 +133,5 @@ def check_alike(backbone: str, device: str = "cpu") -> None:
         assert image.grad is not None
         results[name] = features.detach(), image.grad
     for name in OURS:
-        reference = "detectron2_windowed" if "windowed" in name else "detectron2"
-        for ours, theirs in zip(results[name], results[reference]):
+        for ours, theirs in zip(results[name], results[reference(name)]):
             assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name

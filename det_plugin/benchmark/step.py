@@ -1,10 +1,7 @@
 """The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, with our backbone and with
 Detectron2's."""
 
-import multiprocessing
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -17,7 +14,7 @@ from torch import nn
 from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
-from pretrain.benchmark.turns import held_mib, peak_mib
+from pretrain.benchmark.turns import Work, in_turns
 from pretrain.device import choose_device
 
 OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
@@ -36,7 +33,7 @@ N_OBJECTS = 8  # in an image; COCO has 7
 
 def measure(
     backbone: str,
-    batch_sizes: Sequence[int],
+    batches: Sequence[int],
     rounds: int,
     device: str = "auto",
     *,
@@ -48,9 +45,9 @@ def measure(
 
     Args:
         backbone: registry name.
-        batch_sizes: images a step. Once one does not fit into memory, larger ones are not tried.
+        batches: images a step. Once one does not fit into memory, larger ones are not tried.
         rounds: counted steps.
-        contenders: keys of :data:`OURS` and :data:`THEIRS`, measured in turn, each in a process of its own.
+        contenders: keys of :data:`OURS` and :data:`THEIRS`, measured in turn, each batch size in a process of its own.
         model_kwargs: more arguments of ``build_backbone``, for all.
         overrides: fields of the protocol, for all.
 
@@ -64,12 +61,27 @@ def measure(
     where = str(choose_device(device))
     recipe = with_overrides(protocol("coco-12ep", backbone), dict(overrides or {}))
     found: dict[str, Any] = {"backbone": backbone, "device": where, "image_px": recipe.image_size_px}
-    context = multiprocessing.get_context("spawn")
     for name in contenders:
-        with ProcessPoolExecutor(1, context) as process:
-            arguments = (name, recipe, backbone, dict(model_kwargs or {}), sorted(batch_sizes), rounds, where)
-            found[name] = process.submit(_figures, *arguments).result()
+        own = found[name] = dict[str, Any]()
+        for n_images in sorted(batches):
+            task = work, (name, recipe, backbone, dict(model_kwargs or {}), n_images, where)
+            try:
+                figures = in_turns({name: task}, where, rounds, WARM_UP)[name]
+            except torch.cuda.OutOfMemoryError:
+                own[str(n_images)] = "out of memory"
+                break
+            rate = round(n_images / median(figures.seconds), 2)
+            own[str(n_images)] = {"img_per_s": rate, "peak_mib": round(figures.peak_mib, 1)}
     return found
+
+
+def work(
+    name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Any, n_images: int, device: str
+) -> Work:
+    """A training step of a contender on one batch."""
+    torch.manual_seed(0)
+    model = build(name, recipe, backbone, model_kwargs)
+    return training_step(model, recipe, torch.device(device), synthetic_batch(recipe, n_images))
 
 
 def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -78,10 +90,9 @@ def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Map
     if name in OURS:
         cfg.backbone.net.update(OURS[name])
     else:
-        size = dict(
-            image_px=recipe.image_size_px, drop_path=recipe.drop_path, model_kwargs=dict(model_kwargs)
-        )
-        cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **THEIRS[name], **size)
+        size = dict(image_px=recipe.image_size_px, drop_path=recipe.drop_path)
+        theirs = dict(backbone=backbone, model_kwargs=dict(model_kwargs), **THEIRS[name], **size)
+        cfg.backbone.net = LazyCall(their_network)(**theirs)
     return instantiate(cfg)  # type: ignore[no-any-return]
 
 
@@ -103,54 +114,22 @@ def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, 
     return batch
 
 
-class Step:
-    """Model, optimizer and loss scale of one contender."""
+def training_step(
+    model: nn.Module, recipe: DetectionProtocol, device: torch.device, batch: list[dict[str, Any]]
+) -> Work:
+    """A step with the recipe's AdamW and loss scale."""
+    model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-6, recipe.betas, weight_decay=recipe.weight_decay)
+    dtype, amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=amp and dtype is torch.float16)
 
-    def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
-        self.model, self.device = model.to(device).train(), device
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, 1e-6, recipe.betas, weight_decay=recipe.weight_decay)
-        self.dtype, self.amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with EventStorage(), torch.autocast(device.type, dtype, enabled=amp):
+            losses = model(batch)
+        scaler.scale(torch.stack([loss.float() for loss in losses.values()]).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
-    def __call__(self, batch: list[dict[str, Any]]) -> None:
-        """Take one step and wait for the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with EventStorage(), torch.autocast(self.device.type, self.dtype, enabled=self.amp):
-            losses = self.model(batch)
-        self.scaler.scale(torch.stack([loss.float() for loss in losses.values()]).sum()).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _figures(
-    name: str,
-    recipe: DetectionProtocol,
-    backbone: str,
-    model_kwargs: dict[str, Any],
-    batches: list[int],
-    rounds: int,
-    device: str,
-) -> dict[str, Any]:
-    """One contender's figures by batch size, measured in this process."""
-    where, found = torch.device(device), dict[str, Any]()
-    held = 0.0 if where.type == "cuda" else held_mib(where)
-    torch.manual_seed(0)
-    step = Step(build(name, recipe, backbone, model_kwargs), recipe, where)
-    for n_images in batches:
-        batch, seconds = synthetic_batch(recipe, n_images), []
-        if where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(where)
-        try:
-            for _ in range(WARM_UP + rounds):
-                started = time.perf_counter()
-                step(batch)
-                seconds.append(time.perf_counter() - started)
-        except torch.cuda.OutOfMemoryError:
-            found[str(n_images)] = "out of memory"
-            break
-        rate = n_images / median(seconds[WARM_UP:])
-        found[str(n_images)] = {"img_per_s": round(rate, 2), "peak_mib": round(peak_mib(where) - held, 1)}
-    return found
+    return step

@@ -19,7 +19,6 @@ its image; a ``file_name`` that is missing or leads out of the folder; an image 
 (by its header), or of another size than stated.
 """
 
-import json
 import math
 import os
 import pickle
@@ -38,6 +37,7 @@ from det_plugin.coco.masks import Segmentation, as_rle, coco_api
 from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
+from pretrain.files import read_mapping
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 SHARE_SEED = 0
@@ -167,16 +167,14 @@ def read_split(
     file, content = files.annotations, read_json(files.annotations)
     try:
         names = _categories(content)
-        if num_classes is not None and len(names) != num_classes:
-            raise UserError(f"data: {file} has {len(names)} categories, but num_classes={num_classes}")
         pictures = _pictures(content, {id: k for k, id in enumerate(names)}, training)
-    except UserError:
-        raise
     except (KeyError, TypeError, AttributeError) as error:
         what = f"an entry is damaged or lacks {error}"
         raise UserError(f"data: {file} is no COCO instances file: {what}") from error
     except ValueError as error:
         raise UserError(f"data: {file}: {error}") from error
+    if num_classes is not None and len(names) != num_classes:
+        raise UserError(f"data: {file} has {len(names)} categories, but num_classes={num_classes}")
     if not pictures:
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     if share < 1:
@@ -231,14 +229,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, no JSON, or a list is missing.
     """
-    if not file.is_file():
-        raise UserError(f"data: no file {file}")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"data: {file} is no JSON ({error})") from error
+    content = read_mapping(file, "data")
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        if not isinstance(content.get(key), list):
             raise UserError(f"data: {file} is no COCO instances file: it has no list {key!r}")
     return content
 
@@ -264,7 +257,6 @@ def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training: bool) -> list[Picture]:
-    """The images of a file, with their objects."""
     _check_ids("image", content["images"])
     _check_ids("annotation", content["annotations"])
     objects: dict[int, list[tuple[int, Segmentation]]] = {}
@@ -283,13 +275,11 @@ def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training:
         has_extent = min(annotation["bbox"][2:]) > 0 and segmentation
         if not annotation.get("iscrowd", 0) and (has_extent or not training):
             objects[image_id].append((class_of[category], segmentation))
-    pictures = []
-    for image in content["images"]:
-        own = objects[image["id"]]
-        if own or not training:
-            things = tuple(k for k, _ in own), tuple(s for _, s in own)
-            pictures.append(Picture(image["id"], _file_name(image), *sizes[image["id"]], *things))
-    return pictures
+    return [
+        Picture(id, _file_name(image), *sizes[id], *(zip(*objects[id]) if objects[id] else ()))
+        for image in content["images"]
+        if objects[id := image["id"]] or not training
+    ]
 
 
 def _file_name(image: Mapping[str, Any]) -> str:
@@ -374,8 +364,7 @@ def run_lengths(counts: str) -> list[int]:
 
 def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
     """Check that the files exist, by one listing where that will do: COCO has 118,000."""
-    listed = {entry.name for entry in os.scandir(folder)}
-    names = [picture.file_name for picture in pictures]
+    listed, names = set(os.listdir(folder)), [picture.file_name for picture in pictures]
     missing = [name for name in names if name not in listed and not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -3,8 +3,8 @@ any scale, or bitmaps if an image has an RLE."""
 
 from collections.abc import Sequence
 from contextlib import suppress
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,8 @@ Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in
 Polygon = np.ndarray  # [2K] float64: x0, y0, x1, ... in pixels, continuous (an image spans 0 to its width)
 
 
-class CocoApi(NamedTuple):
-    """The three names of pycocotools that we use."""
-
-    COCO: Any
-    COCOeval: Any
-    mask: ModuleType
-
-
-def coco_api() -> CocoApi:
-    """pycocotools, or its drop-in faster-coco-eval where only that is installed.
+def coco_api() -> Any:
+    """``COCO``, ``COCOeval`` and ``mask`` of pycocotools, or of faster-coco-eval where only that is installed.
 
     Raises:
         UserError: neither is installed.
@@ -36,13 +28,13 @@ def coco_api() -> CocoApi:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        return CocoApi(COCO, COCOeval, mask)
+        return SimpleNamespace(COCO=COCO, COCOeval=COCOeval, mask=mask)
     try:
         from faster_coco_eval import COCO, COCOeval_faster, mask
     except ImportError as error:
         what = "neither pycocotools nor faster-coco-eval is installed"
         raise UserError(f"{what}: pip install posfield[det]") from error
-    return CocoApi(COCO, COCOeval_faster, mask)
+    return SimpleNamespace(COCO=COCO, COCOeval=COCOeval_faster, mask=mask)
 
 
 def as_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """COCO evaluation that writes ``result.json``. It is part of the config, so stock launchers write it too."""
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -18,25 +19,15 @@ from torch.utils.data import DataLoader
 from det_plugin.coco.annotations import read_classes, read_json
 from det_plugin.coco.layout import locate
 from det_plugin.coco.metrics import KINDS, SUMMARY, Prediction, coco_metrics, in_words
+from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.catalog import coco_root, train_images
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.saved_config import (
-    ASKED,
-    NET_KEYS,
-    RESOLVED,
-    SURROUNDINGS,
-    load_config,
-    model_kwargs_in,
-    origin_in,
-    plain,
-    protocol_in,
-    resolved,
-)
 from det_plugin.loader import batches
 from det_plugin.protocol import deviations, other_images, protocol
-from det_plugin.run import DetectionRun, leave_result, write_json
+from det_plugin.run import DetectionRun, leave_result
 from pretrain import distributed
 from pretrain.build import network_kwargs
+from pretrain.files import write_text
 from pretrain.log import log
 from pretrain.settings import compared
 from pretrain.weights import origin_of
@@ -44,7 +35,7 @@ from pretrain.weights import origin_of
 PREDICTIONS = "coco_instances_results.json"
 NAMES = dict(zip(SUMMARY, ("AP", "AP50", "AP75", "APs", "APm", "APl")))  # ours, and Detectron2's
 # Keys of a config that are no part of its recipe.
-NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
+NO_RECIPE = (*saved.SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
 
 class ResultEvaluator(DatasetEvaluator):
@@ -80,6 +71,7 @@ class ResultEvaluator(DatasetEvaluator):
         self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
         self.category_ids = list(read_classes(coco_root(root), "val"))
         self.found: list[Prediction] = []
+        self.metrics: dict[str, Any] = {}  # of the last evaluation, by our names
 
     def reset(self) -> None:
         """Forget the detections."""
@@ -96,11 +88,11 @@ class ResultEvaluator(DatasetEvaluator):
         found = [prediction for part in comm.gather(self.found) for prediction in part]
         if not comm.is_main_process():
             return {}
-        write_json(self.folder / PREDICTIONS, found)
-        metrics = coco_metrics(self.file, found)
-        cfg = load_config(self.folder, ASKED)
+        write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
+        metrics = self.metrics = coco_metrics(self.file, found)
+        cfg = saved.load_config(self.folder, saved.ASKED)
         if has_event_storage():
-            LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
+            LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
             share = cfg.dataloader.train.dataset.get("share", 1.0)
             trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
@@ -120,13 +112,13 @@ def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
     Args:
         cfg: a whole config as :func:`det_plugin.detectron2_engine.lazy.config` makes it, perhaps edited.
     """
-    made_from, net = protocol_in(cfg), cfg.model.backbone.net
-    model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}
+    made_from, net = saved.protocol_in(cfg), cfg.model.backbone.net
+    model_kwargs = {key: value for key, value in net.items() if key not in saved.NET_KEYS}
     changed = deviations(made_from, net.name)
-    if given := network_kwargs(model_kwargs_in(cfg)):
+    if given := network_kwargs(saved.model_kwargs_in(cfg)):
         changed["model_kwargs"] = [{}, given]
     expected = config(made_from, net.name, model_kwargs=model_kwargs)
-    different = compared(plain(expected), plain(cfg))
+    different = compared(saved.plain(expected), saved.plain(cfg))
     return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
 
 
@@ -146,7 +138,7 @@ def _leave_result(
         changed = {**config_deviations(trained), **changed, **unlike}
     elif cfg.train.init_checkpoint:
         changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
-    recipe, origin = protocol_in(trained), origin_in(trained) or origin_of(None)
+    recipe, origin = saved.protocol_in(trained), saved.origin_in(trained) or origin_of(None)
     changed |= other_images(*images, recipe.train_share)
     return leave_result(
         DetectionRun(
@@ -156,12 +148,12 @@ def _leave_result(
             output=folder,
             protocol=recipe,
             seed=trained.train.seed,
-            model_kwargs=model_kwargs_in(trained),
+            model_kwargs=saved.model_kwargs_in(trained),
         ),
         metrics,
         changed,
         origin={key: value for key, value in origin.items() if key != "model_kwargs"},
-        started=(folder / ASKED).stat().st_mtime,  # the launcher's first act
+        started=(folder / saved.ASKED).stat().st_mtime,  # the launcher's first act
         hashed={"engine": "detectron2", "deviations": changed},
     )
 
@@ -172,9 +164,11 @@ def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
     if not cfg.train.init_checkpoint:
         return cfg, {"max_iters": [planned, 0]}
     checkpoint = Path(cfg.train.init_checkpoint)
-    if not (checkpoint.parent / RESOLVED).is_file():
-        return cfg, {"training": ["as the protocol says", f"unknown: no {RESOLVED} beside {checkpoint.name}"]}
-    trained = load_config(checkpoint.parent, RESOLVED)
+    if not (checkpoint.parent / saved.RESOLVED).is_file():
+        return cfg, {
+            "training": ["as the protocol says", f"unknown: no {saved.RESOLVED} beside {checkpoint.name}"]
+        }
+    trained = saved.load_config(checkpoint.parent, saved.RESOLVED)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     done = state.get("iteration", -1) + 1
     return trained, {} if done == trained.train.max_iter else {"max_iters": [planned, done]}
@@ -195,12 +189,12 @@ class TestBatches:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Run the config's evaluator on its test loader.
+    """Run the config's evaluator on its test loader; COCO's metrics, {} on all ranks but the first.
 
     Raises:
         UserError: an image cannot be used, also where a worker process meets it.
     """
     data, evaluator = TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, data, evaluator)
+    inference_on_dataset(model, data, evaluator)
     distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
-    return results
+    return evaluator.metrics  # type: ignore[no-any-return]

@@ -102,7 +102,6 @@ def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
 
 
 def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
-    """Mask R-CNN around the backbone."""
     if p.norm not in NORMS or (p.norm == "GN" and p.channels % 32):  # Detectron2's has 32 groups
         told = f"GN needs channels={p.channels} to be a multiple of 32"
         raise UserError(f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}; {told}")
@@ -129,7 +128,6 @@ def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
 
 
 def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
-    """Region proposals: one anchor size a level."""
     return L(RPN)(
         in_features=levels,
         head=L(StandardRPNHead)(
@@ -154,7 +152,6 @@ def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> D
 
 
 def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
-    """Boxes, classes and masks of the regions."""
     pooler = dict(scales=[1 / stride for stride in strides], sampling_ratio=0, pooler_type="ROIAlignV2")
     return L(StandardROIHeads)(
         num_classes=p.num_classes,
@@ -259,7 +256,6 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
 
 
 def _optimizer(p: DetectionProtocol) -> DictConfig:
-    """AdamW with layer decay."""
     return L(adamw)(
         params=L(parameter_groups)(
             base_lr="${..lr}",
@@ -275,7 +271,6 @@ def _optimizer(p: DetectionProtocol) -> DictConfig:
 
 
 def _lr_multiplier(p: DetectionProtocol) -> DictConfig:
-    """Linear warm-up, then a step at each milestone."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=[p.lr_gamma**k for k in range(len(p.milestones) + 1)],

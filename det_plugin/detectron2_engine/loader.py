@@ -18,7 +18,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import Dataset
 
 from det_plugin.loader import AUGMENT, STEP, Sample, batches, positions, stream_index
-from det_plugin.step import micro_batch_size
+from det_plugin.loop import micro_batch_size
 from pretrain import distributed
 from pretrain.errors import UserError
 

@@ -54,25 +54,14 @@ def adamw(
     """AdamW from plain numbers: torch's ``weights_only`` would refuse a config's lists in checkpoints.
 
     Args:
-        clip_grad: largest norm of all gradients together; 0: no clipping.
+        clip_grad: largest norm of all gradients together, also for stock launchers; 0: no clipping.
     """
-    arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)  # type: ignore
     if clip_grad > 0:
-        return ClippedAdamW(params, max_norm=clip_grad, **arguments)
-    return torch.optim.AdamW(params, **arguments)
+        optimizer.register_step_pre_hook(partial(_clip, max_norm=clip_grad))
+    return optimizer
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that first clips the norm of all gradients together. Stock launchers do not clip.
-
-    Under AMP, ``GradScaler.step`` unscales the gradients before it calls this.
-    """
-
-    def __init__(self, params: Any, *, max_norm: float, **arguments: Any) -> None:
-        super().__init__(params, **arguments)
-        self.max_norm = max_norm
-
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        nn.utils.clip_grad_norm_((p for group in self.param_groups for p in group["params"]), self.max_norm)
-        return super().step(closure)
+def _clip(optimizer: torch.optim.Optimizer, *_: Any, max_norm: float) -> None:
+    """Before a step. Under AMP, ``GradScaler.step`` unscales the gradients before it."""
+    nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), max_norm)

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.coco.annotations import read_classes
 from det_plugin.detectron2_engine.catalog import coco_root
-from det_plugin.detectron2_engine.checkpoint import LAST
 from det_plugin.detectron2_engine.model import ORIGINS
+from det_plugin.detectron2_engine.trainer import LAST
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS

@@ -1,36 +1,37 @@
 """One fine-tuning with Detectron2 from start to ``result.json``, and the evaluation of a finished one."""
 
+import logging
 import os
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+from omegaconf import DictConfig
+from torch import nn
 
+from det_plugin import loop
 from det_plugin.coco.annotations import Data, read_classes
-from det_plugin.detectron2_engine.checkpoint import last_whole
+from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.saved_config import (
-    ASKED,
-    RESOLVED,
-    classes_in,
-    is_over,
-    load_config,
-    resolved,
-)
-from det_plugin.detectron2_engine.trainer import fit
+from det_plugin.detectron2_engine.trainer import AccumulatingTrainer, WholeCheckpointer, last_whole
+from det_plugin.loop import Show, micro_batch_size
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.step import micro_batch_size
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
 from pretrain.log import log
-from pretrain.results.schema import FILE_NAME, read_result
+from pretrain.results.schema import FILE_NAME
 from pretrain.run_lock import check_seen
 
 
@@ -49,33 +50,23 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     if recipe.amp and device != "cuda":
         log("warning: amp needs CUDA; the run is in float32")
         recipe = with_overrides(recipe, {"amp": False})
-    cfg = config(
-        recipe,
-        run.backbone,
-        run.weights,
-        data=run.data,
-        output=run.output,
-        model_kwargs=run.model_kwargs,
-        checkpointing=run.checkpointing,
-        compile=run.compile,
-        seed=run.seed,
-        device=device,
-        workers=run.workers,
-    )
+    keys = "data", "output", "model_kwargs", "checkpointing", "compile", "seed", "workers"
+    how = {key: getattr(run, key) for key in keys}
+    cfg = config(recipe, run.backbone, run.weights, device=device, **how)
     cfg.dataloader.evaluator.accumulate = run.accumulate
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     Data.read(run.data, recipe)  # finds damage before the first iteration
     # All ranks look before a file is written; one decides
-    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:
+    if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
         _start_logs(run.output)
-        LazyConfig.save(cfg, str(run.output / ASKED))
-        LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
+        LazyConfig.save(cfg, str(run.output / saved.ASKED))
+        LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
-        fit(cfg, model, accumulate=run.accumulate, resume=resume)
+        _fit(cfg, model, run, resume)
     return run.output / FILE_NAME
 
 
@@ -87,10 +78,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     """
     on = choose_device(device).type
     distributed.start(on)
-    cfg, last = load_config(output, RESOLVED), last_whole(output)
+    cfg, last = saved.load_config(output, saved.RESOLVED), last_whole(output)
     if last is None:
         raise UserError(f"{output}: no checkpoint to evaluate")
-    if classes_in(cfg) != read_classes(data, "val"):
+    if saved.classes_in(cfg) != read_classes(data, "val"):
         raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(data), str(output), on
     cfg.dataloader.test.num_workers = workers
@@ -99,15 +90,74 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     rest = DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     if distributed.is_main():
         _start_logs(output)
-        LazyConfig.save(cfg, str(output / ASKED))
+        LazyConfig.save(cfg, str(output / saved.ASKED))
         # The evaluator counts from the file's time
         started -= rest.get("trainer", {}).get("wall_time_s", 0.0)
-        os.utime(output / ASKED, (started, started))
-    evaluate(cfg, model)
-    return read_result(output).metrics if distributed.is_main() else {}
+        os.utime(output / saved.ASKED, (started, started))
+    return evaluate(cfg, model)
 
 
 def _start_logs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("detectron2", "fvcore"):
         setup_logger(str(folder), name=name)
+
+
+class _Engine:
+    """:class:`det_plugin.loop.Engine` of Detectron2's trainer, from its ``start_iter`` on."""
+
+    splits_last = True
+
+    def __init__(
+        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, trainer: AccumulatingTrainer
+    ) -> None:
+        self.cfg, self.model, self.trainer, self.log_period = cfg, model, trainer, cfg.train.log_period
+        self.iteration, how = trainer.start_iter, (1, trainer.max_iter, cfg.train.checkpointer.max_to_keep)
+        self.saver = PeriodicCheckpointer(checkpointer, *how)
+        files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
+        before = (file for file in files if file.stem < f"model_{self.iteration:07d}")
+        self.saver.recent_checkpoints = list(map(str, before))
+        trainer.before_train()
+
+    def step(self) -> tuple[dict[str, float], float]:
+        self.trainer.iter = self.iteration
+        self.trainer.before_step()
+        self.trainer.run_step()
+        self.trainer.after_step()
+        self.iteration += 1
+        return self.trainer.terms, self.trainer.waited_s
+
+    def evaluate(self, show: Show | None) -> dict[str, Any]:
+        self.trainer.storage.iter = self.iteration
+        return evaluate(self.cfg, self.model)
+
+    def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
+        self.saver.step(self.trainer.iter)  # the trainer's state holds both
+
+
+def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> None:
+    folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    ids = [device.index] if device.type == "cuda" else None
+    ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
+    parts = instantiate(cfg.dataloader.train).parts(run.accumulate)
+    how = dict[str, Any](accumulate=run.accumulate, amp=cfg.train.amp.enabled)
+    trainer = AccumulatingTrainer(ranks, parts, optimizer, **how)
+    trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
+    checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
+    # The same for all ranks
+    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]
+    if last is not None:
+        if distributed.any_over_ranks(not last.is_file()):
+            raise UserError(f"output: not every process finds {last}; all machines must see one folder")
+        checkpointer.load(str(last))
+    start_it = 0 if last is None else trainer.iter + 1
+    trainer.iter, trainer.start_iter, trainer.max_iter = start_it, start_it, run.protocol.max_iters
+    logging.getLogger("detectron2").info(f"Starting training from iteration {start_it}")
+    if distributed.is_main():  # the evaluator counts the run's time from here
+        os.utime(folder / saved.ASKED, (trainer.started, trainer.started))
+    # Ends its workers, too; they would keep a stopped process alive
+    with EventStorage(start_it) as trainer.storage, closing(parts):
+        engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
+        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter)

@@ -18,6 +18,7 @@ from det_plugin.run import CONFIGS, DetectionRun
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
+from pretrain.files import read_mapping
 from pretrain.log import log
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
@@ -56,7 +57,8 @@ def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
-    return holds_result(folder, changed, has_checkpoint(folder), resume)
+    has_checkpoint = bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
+    return holds_result(folder, changed, has_checkpoint, resume)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,14 +68,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: no run of this engine, or the file cannot be read.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        reason = f"{CONFIG}: {error.strerror}"
-        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine ({reason})") from error
-    except ValueError as error:
-        raise UserError(f"output: {path} is no JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("engine") != ENGINE:
+    if not path.is_file():
+        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine (no {CONFIG})")
+    config = read_mapping(path, "output")
+    if config.get("engine") != ENGINE:
         raise UserError(f"output: {path} is not of the {ENGINE} engine")
     config["protocol"] = upgraded(DetectionProtocol, config["protocol"])
     if "backbone_flags" in config:
@@ -105,11 +103,6 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     """:func:`pretrain.checkpoints.save_state` of the state's ``iteration``."""
     return checkpoints.save_state(folder, state["iteration"], state, KEEP)
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint. Its contents are not read."""
-    return bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

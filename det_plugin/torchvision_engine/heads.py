@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.coco.masks import crop_masks
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.layers import BoxCoder, ConvNorm, RoIPooler
+from det_plugin.torchvision_engine.layers import BoxCoder, ConvNorm, RoIPooler, Sizes
 
 
 class BoxHead(nn.Module):
@@ -128,7 +128,7 @@ class DetectionHeads(RoIHeads):
         self,
         features: dict[str, Tensor],
         proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        image_shapes: Sizes,
         targets: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Losses in training, detections in tests. The other one is empty.
@@ -156,11 +156,7 @@ class DetectionHeads(RoIHeads):
         return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
 
     def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Boxes [N, 4], scores [N], labels [N] in 1 ... K by image: clipped, above the threshold, after NMS.
 

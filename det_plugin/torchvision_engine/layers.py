@@ -10,6 +10,7 @@ from torchvision.ops import roi_align
 from pretrain.errors import UserError
 
 NORMS = ("LN", "")
+Sizes = list[tuple[int, int]]  # height, width of each image
 CANONICAL_SIZE_PX, CANONICAL_LEVEL = 224, 4  # FPN (Lin et al., 2017), equation 1
 
 

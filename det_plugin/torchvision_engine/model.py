@@ -35,7 +35,7 @@ from torchvision.models.detection.image_list import ImageList
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.heads import DetectionHeads
-from det_plugin.torchvision_engine.layers import ConvNorm, get_norm
+from det_plugin.torchvision_engine.layers import ConvNorm, Sizes, get_norm
 from det_plugin.torchvision_engine.proposals import ProposalNetwork
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
@@ -137,10 +137,7 @@ class SquarePad(nn.Module):
         return ImageList(batch, [(image.shape[1], image.shape[2]) for image in images]), targets
 
     def postprocess(
-        self,
-        result: list[dict[str, Tensor]],
-        image_shapes: list[tuple[int, int]],
-        original_image_sizes: list[tuple[int, int]],
+        self, result: list[dict[str, Tensor]], image_shapes: Sizes, original_image_sizes: Sizes
     ) -> list[dict[str, Tensor]]:
         """Detections as they are: pasting masks needs the image's own size."""
         return result

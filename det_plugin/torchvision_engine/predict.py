@@ -1,5 +1,7 @@
-"""From images to detections in COCO's result format, in the images' own pixels."""
+"""From images to detections in COCO's result format, in the images' own pixels; the evaluation of a split."""
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,22 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from det_plugin.augment import evaluation_geometry
+from det_plugin.coco.annotations import CocoSplit
 from det_plugin.coco.masks import encode_mask
-from det_plugin.coco.metrics import Prediction
-from det_plugin.loader import to_tensor
-from det_plugin.torchvision_engine.folder import classes_of, load_checkpoint, protocol_of, read_config
+from det_plugin.coco.metrics import Prediction, coco_metrics
+from det_plugin.loader import batches, to_tensor
+from det_plugin.loop import Show
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.torchvision_engine import folder
+from det_plugin.torchvision_engine.loader import EvalSamples
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
+from pretrain.distributed import gather_objects, is_main, rank, world_size
 from pretrain.errors import UserError
+from pretrain.files import write_text
+
+Size = tuple[int, int]  # height, width in pixels
+EVAL_BATCH = 8  # images at a time; the outcome does not depend on it
 
 
 def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
@@ -26,11 +37,11 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     Raises:
         UserError: no run, or no checkpoint.
     """
-    config, state = read_config(output), load_checkpoint(output)
+    config, state = folder.read_config(output), folder.load_checkpoint(output)
     if state is None:
         raise UserError(f"output: {output} holds no checkpoint")
     vit = build_backbone(config["backbone"], None, **config["model_kwargs"])  # its weights come next
-    model = build_model(vit, protocol_of(config))
+    model = build_model(vit, folder.protocol_of(config))
     model.load_state_dict(state["model"])
     return model, config, state["iteration"]
 
@@ -39,7 +50,7 @@ def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, config, _ = load_model(run)
     model.to(device).eval()
-    protocol, classes = protocol_of(config), classes_of(run, config)
+    protocol, classes = folder.protocol_of(config), folder.classes_of(run, config)
 
     def batch(images: Sequence[np.ndarray]) -> list[list[Prediction]]:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
@@ -54,7 +65,7 @@ def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
 def detect(
     model: nn.Module,
     images: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     category_ids: Sequence[int],
     device: torch.device,
 ) -> list[list[Prediction]]:
@@ -66,18 +77,13 @@ def detect(
         sizes: height, width of each original image. The results are in its pixels.
     """
     found = model([image.to(device, non_blocking=True) for image in images])
-    results = []
-    for image, size, detection in zip(images, sizes, found):
-        own = {key: value.cpu() for key, value in detection.items()}
-        results.append(as_coco(own, (image.shape[1], image.shape[2]), size, category_ids))
-    return results
+    on_cpu = ({key: value.cpu() for key, value in own.items()} for own in found)
+    seen = ((image.shape[1], image.shape[2]) for image in images)
+    return [as_coco(own, a, b, category_ids) for own, a, b in zip(on_cpu, seen, sizes)]
 
 
 def as_coco(
-    detection: Mapping[str, Tensor],
-    resized: tuple[int, int],
-    size: tuple[int, int],
-    category_ids: Sequence[int],
+    detection: Mapping[str, Tensor], resized: Size, size: Size, category_ids: Sequence[int]
 ) -> list[Prediction]:
     """One image's output -> COCO results in its own pixels (Detectron2's ``detector_postprocess``).
 
@@ -124,3 +130,53 @@ def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice,
     (rows, y), (columns, x) = sides
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # [h, w, 2], x first
     return rows, columns, F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+
+
+def predict_split(
+    model: nn.Module,
+    split: CocoSplit,
+    image_size_px: int,
+    *,
+    workers: int,
+    device: torch.device,
+    show: Show | None = None,
+) -> list[Prediction]:
+    """All detections of a split, in the order of the images. Each rank does its share and gets the whole.
+
+    Args:
+        model: detector of :func:`build_model`. It is in evaluation mode afterwards.
+    """
+    model.eval()
+    started, mine = time.monotonic(), range(rank(), len(split.pictures), world_size())
+    steps = [list(mine[i : i + EVAL_BATCH]) for i in range(0, len(mine), EVAL_BATCH)]
+    found: dict[int, list[Prediction]] = {}
+    for samples in batches(EvalSamples(split, image_size_px), steps, workers, device):
+        pictures = [split.pictures[sample["index"]] for sample in samples]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        detections = detect(model, [sample["image"] for sample in samples], sizes, split.category_ids, device)
+        for sample, picture, own in zip(samples, pictures, detections):
+            found[sample["index"]] = [{"image_id": picture.id, **prediction} for prediction in own]
+        if show is not None:
+            share = len(found) / len(mine)
+            show(share, (time.monotonic() - started) * (1 / share - 1))
+    found = {index: own for part in gather_objects(found) for index, own in part.items()}
+    return [prediction for index in sorted(found) for prediction in found[index]]
+
+
+def evaluate(
+    model: nn.Module,
+    split: CocoSplit,
+    protocol: DetectionProtocol,
+    *,
+    workers: int,
+    device: torch.device,
+    output: Path,
+    show: Show | None = None,
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """COCO metrics (only on the main process) and predictions, which ``output/predictions.json`` gets."""
+    size = protocol.image_size_px
+    predictions = predict_split(model, split, size, workers=workers, device=device, show=show)
+    if not is_main():
+        return {}, predictions
+    write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
+    return coco_metrics(split.file, predictions), predictions

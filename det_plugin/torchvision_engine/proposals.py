@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.layers import BoxCoder
+from det_plugin.torchvision_engine.layers import BoxCoder, Sizes
 
 
 class Anchors(nn.Module):
@@ -63,15 +63,10 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=dict(zip(("training", "testing"), protocol.rpn_post_nms)),
             nms_thresh=protocol.rpn_nms,
         )
-        self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
-        self.batch_per_image = protocol.rpn_batch_per_image
+        self.box_coder, self.batch_per_image = BoxCoder((1.0, 1.0, 1.0, 1.0)), protocol.rpn_batch_per_image
 
     def filter_proposals(
-        self,
-        proposals: Tensor,
-        objectness: Tensor,
-        image_shapes: list[tuple[int, int]],
-        num_anchors_per_level: list[int],
+        self, proposals: Tensor, objectness: Tensor, image_shapes: Sizes, num_anchors_per_level: list[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The best boxes of each level, clipped, after NMS within the level; then the best of all.
 
@@ -111,12 +106,10 @@ class ProposalNetwork(RegionProposalNetwork):
         positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
         sampled = torch.where(positive | negative)[0]
         positive = torch.where(positive)[0]
-        normalizer = self.batch_per_image * len(labels)
-        target = torch.cat(labels)[sampled]
+        normalizer, target = self.batch_per_image * len(labels), torch.cat(labels)[sampled]
         loss_cls = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], target, reduction="sum")
-        loss_loc = F.l1_loss(
-            pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum"
-        )
+        wanted = torch.cat(regression_targets)[positive]
+        loss_loc = F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum")
         return loss_cls / normalizer, loss_loc / normalizer
 
     def forward(

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from det_plugin.loader import Sample
+from det_plugin.loop import averaging, mean_losses, micro_batch_size
 from det_plugin.run import DetectionRun
-from det_plugin.step import averaging, mean_losses, micro_batch_size
 from det_plugin.torchvision_engine.loader import to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr

@@ -16,10 +16,7 @@ COMMANDS = {
     "evaluate probes": ("pretrain.cli.probe", "the probes of a pre-training, on any checkpoint"),
     "evaluate position": ("pretrain.cli.position", "what each layer knows of position"),
     "evaluate discovery": ("pretrain.cli.discovery", "find objects without labels"),
-    "analyze attention": (
-        "pretrain.cli.attention",
-        "measure and draw the attention of one or more backbones",
-    ),
+    "analyze attention": ("pretrain.cli.attention", "measure and draw the attention of backbones"),
     "analyze features": ("pretrain.cli.features", "draw principal components and similarities"),
     "analyze crops": ("pretrain.cli.crops", "draw what a pre-training trains on"),
     "analyze detections": ("det_plugin.cli.figures", "draw what a detector finds in its validation images"),
@@ -44,23 +41,15 @@ def main(*command: str) -> None:
     ``--help`` behind a command shows its options.
     """
     words = [*command, *sys.argv[1:]]
-    name = " ".join(words[: 2 if words[:1] and words[0] in GROUPS else 1])
+    group = words[0] if words and words[0] in GROUPS else ""
+    name = " ".join(words[: 2 if group else 1])
     if name not in COMMANDS:
         is_asked = not words or words[-1] in ("-h", "--help")
-        print(
-            _usage(words[0] if words and words[0] in GROUPS else ""),
-            file=sys.stdout if is_asked else sys.stderr,
-        )
+        shown = [f"  {each:<22} {text}" for each, (_, text) in COMMANDS.items() if each.startswith(group)]
+        usage = [f"usage: posfield {group or 'COMMAND'} ... [--help]", "", *shown]
+        print(*usage, sep="\n", file=sys.stdout if is_asked else sys.stderr)
         if not is_asked:
             print(f"error: posfield {name}: no such command; they are above", file=sys.stderr)
         sys.exit(0 if is_asked else 2)
     sys.argv = [f"posfield {name}", *words[name.count(" ") + 1 :]]  # argparse prints the first as the program
-    module = importlib.import_module(COMMANDS[name][0])
-    run(module.main)
-
-
-def _usage(group: str) -> str:
-    """The commands, a line each; of a group, or all."""
-    shown = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(group)}
-    lines = [f"usage: posfield {group or 'COMMAND'} ... [--help]", ""]
-    return "\n".join([*lines, *(f"  {name:<22} {text}" for name, text in shown.items())])
+    run(importlib.import_module(COMMANDS[name][0]).main)

@@ -1,8 +1,8 @@
 """Compare pre-trainings: detection and segmentation of every row of configs/compare/NAME.yaml, and the tables.
 
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --weights W --coco COCO --ade ADE --jobs 8
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --status
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --weights W --submit -- --hours 24 \\
+posfield compare table1_vits16 --output runs/compare --weights W --coco COCO --ade ADE --jobs 8
+posfield compare table1_vits16 --output runs/compare --status
+posfield compare table1_vits16 --output runs/compare --weights W --submit -- --hours 24 \\
     --partition gpu
 
 Finished runs are not repeated, stopped ones resume (exit code 85: start it again), a failed run stops no other. Rows
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
-from pretrain.cli import fields_and_kwargs
+from pretrain.cli import command_parser, fields_and_kwargs
+from pretrain.config import SHIPPED
 from pretrain.errors import UserError
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
@@ -29,16 +30,14 @@ from pretrain.jobs.stage import OTHER, is_to_begin
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of posfield submit behind ``--``."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_parser(__doc__)
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a file of configs/compare/")
+    add("config", type=Path, metavar="CONFIG", help="a YAML file, or one of configs/compare by name: toy")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of all runs")
     folders = {"weights": "folder of the files that the rows name", "coco": "COCO", "ade": "ADE20K"}
     for name, what in folders.items():
         add(f"--{name}", metavar="DIR", help=f"{what} (as the config says)")
-    rows = "these rows, by the names that --status shows"
-    add("--only", nargs="+", default=[], metavar="ROW", help=rows)
+    add("--only", nargs="+", default=[], metavar="ROW", help="these rows, by the names that --status shows")
     add("--strict", action="store_true", help="stop where a file is missing")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
     add("--gpus-per-run", type=int, default=1, metavar="N", help="of a run (%(default)s)")
@@ -56,8 +55,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options.overrides += [word for word in options.only if "=" in word]
     options.only = [word for word in options.only if "=" not in word]
     if min(options.jobs, options.gpus_per_run) < 1 or options.max_minutes * 60 <= GRACE_S:
-        least = f"--max-minutes is more than {GRACE_S / 60:g}"
-        raise UserError(f"--jobs and --gpus-per-run are at least 1, {least}")
+        minutes = f"--max-minutes is more than {GRACE_S / 60:g}"
+        raise UserError(f"--jobs and --gpus-per-run are at least 1, {minutes}")
     if arguments[end + 1 :] and not options.submit:
         raise UserError("--: what stands behind it is for --submit")
     return options, arguments[end + 1 :]
@@ -65,6 +64,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     """The comparison, and the rows of it that are asked for."""
+    shipped = SHIPPED / "compare"
+    if not options.config.is_file() and (shipped / f"{options.config}.yaml").is_file():
+        options.config = shipped / f"{options.config}.yaml"
+    elif not options.config.is_file():
+        names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+        raise UserError(f"{options.config}: no such file, and no shipped comparison; there are {names}")
     folders = {key: getattr(options, key) for key in ("weights", "coco", "ade")}
     given = [f"{key}={value}" for key, value in folders.items() if value is not None]
     comparison = load_comparison(options.config, [*options.overrides, *given], PROTOCOLS)
@@ -76,13 +81,6 @@ def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     if unknown := [name for name in options.only if name not in rows]:
         raise UserError(f"--only: {options.config} has no row {unknown[0]!r}; there are {', '.join(rows)}")
     return comparison, [rows[name] for name in options.only or rows]
-
-
-def queue_of(options: argparse.Namespace, further: list[str]) -> Queue:
-    """Where --submit hands the runs to: jobs of --gpus-per-run tasks."""
-    words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
-    asked, _ = submit.parse(words)
-    return Queue(submit.resources_of(asked), asked.folder)
 
 
 def sweep_jobs(comparison: Comparison) -> int:
@@ -97,30 +95,24 @@ def sweep_jobs(comparison: Comparison) -> int:
 
 
 def go_on(
-    comparison: Comparison,
-    weights: Mapping[str, Weights],
-    runs: list[FineTuning],
-    options: argparse.Namespace,
+    comparison: Comparison, weights: Mapping[str, Weights], runs: list[FineTuning], options: argparse.Namespace,
     queue: Queue | None,
-) -> tuple[dict[str, str], list[str]]:
-    """Make the weights ours, then run or submit what is not done; {what failed: why}, and the runs that
-    are left."""
+) -> tuple[dict[str, str], list[str]]:  # fmt: skip
+    """Make the weights ours, run or submit what is not done; {what failed: why}, and the runs that are left."""
     states = {run.name: run.state for run in runs}
     failed = {run.name: run.difference for run in runs if states[run.name] == OTHER}
     begin = [run for run in runs if is_to_begin(states[run.name])]
     if options.dry_run:
         for run in begin:
-            shown = f"{run.name}: {submit.describe(*queue.jobs(run), queue.folder)}" if queue else ""
-            print(shown or shlex.join(run.command))
+            of_job = queue and f"{run.name}: {submit.describe(*queue.jobs(run), queue.folder)}"
+            print(of_job or shlex.join(run.command))
         return failed, []
     compare.check_data(comparison, begin)
     failed |= compare.prepare_all(weights, [run.entry for run in begin])
     n_gpus = 0 if comparison.device == "cpu" else options.gpus_per_run
     runner = Runner(options.jobs, 60 * options.max_minutes - GRACE_S, n_gpus, queue)
     ended = runner.run({run.name: [run] for run in runs if name_of(run.entry) not in failed})
-    for run in runs:
-        if ended.get(run.name) == FAILED:
-            failed.setdefault(run.name, f"its log is {run.log}")
+    failed = {r.name: f"its log is {r.log}" for r in runs if ended.get(r.name) == FAILED} | failed
     return failed, [name for name, how in ended.items() if how == LEFT and not queue]
 
 
@@ -128,12 +120,14 @@ def main(arguments: list[str]) -> None:
     """Plan, go on, write the tables, and say what failed and what is left."""
     options, further = parse(arguments)
     comparison, rows = read(options)
-    queue = queue_of(options, further) if options.submit else None
+    words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
+    asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
+    queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():
-        whence = entry.origin or "whence is not said"
-        print(f"{'no weights':<16} {name}: {Path(comparison.weights) / entry.file} ({whence})")
+        file, whence = Path(comparison.weights) / entry.file, entry.origin or "whence is not said"
+        print(f"{'no weights':<16} {name}: {file} ({whence})")
     if lost and options.strict:
         raise UserError(f"--strict: {len(lost)} of {len(rows)} files are missing")
     n_jobs = sweep_jobs(comparison) if queue else None

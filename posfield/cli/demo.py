@@ -3,14 +3,13 @@
 posfield demo --output demo            (``make demo``; run it again to go on where it stopped)
 """
 
-import argparse
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen, run
+from typing import NamedTuple
 
-from pretrain.cli import command
+from pretrain.cli import command, command_parser
 from pretrain.cli.ablation import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.errors import UserError
 
@@ -22,8 +21,7 @@ SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=11
 QUICK_SEGMENTATION = "max_iters=10 val_every=10".split()
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One command of the demo, and how long it may take on two cores."""
 
     title: str
@@ -65,12 +63,7 @@ def run_stage(stage: Stage, log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     shown, said = 0.0, ""
-    with (
-        open(log, "w") as file,
-        subprocess.Popen(
-            stage.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
+    with open(log, "w") as file, Popen(stage.command, text=True, stdout=PIPE, stderr=STDOUT) as process:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
@@ -80,26 +73,21 @@ def run_stage(stage: Stage, log: Path) -> None:
                 print(f"    {line.strip()[-120:]}", flush=True)
     if process.returncode:
         print(said, file=sys.stderr)
-        raise UserError(
-            f"stage {stage.title!r} failed (all of it in {log}); its command was: {' '.join(stage.command)}"
-        )
+        told = f"(all of it in {log}); its command was: {' '.join(stage.command)}"
+        raise UserError(f"stage {stage.title!r} failed {told}")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the stages (each leaves what is finished as it is, after a look at its settings), then the table
-    and the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in a minute or two")
+    """Run the stages, each of which leaves what is finished as it is; then the table and the report."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
+    add("--quick", action="store_true", help="a few steps of everything, in a minute or two")
     options = parser.parse_args(arguments)
     folder = options.output
     plan, started = stages(folder, options.quick), time.time()
-    print(
-        f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores",
-        flush=True,
-    )
+    minutes = sum(stage.budget_s for stage in plan) // 60 + 1
+    print(f"demo: {len(plan)} stages, at most {minutes} minutes on two cores", flush=True)
     for number, stage in enumerate(plan, 1):
         print(f"[{number}/{len(plan)}] {stage.title} (budget {stage.budget_s} s)", flush=True)
         begun = time.time()
@@ -110,7 +98,7 @@ def main(arguments: list[str]) -> None:
         command("table", *runs, "--format", "md", "--output", folder / "table.md"),
         command("report", *runs, "--output", folder / "report.html", "--title", "posfield demo"),
     ):
-        if subprocess.run(line).returncode:
+        if run(line).returncode:
             raise UserError(f"failed: {' '.join(line)}")
     print((folder / "table.md").read_text())
     print(f"demo: {time.time() - started:.0f} s; the report is {folder / 'report.html'}")

@@ -19,10 +19,11 @@ from typing import Any
 
 from det_plugin.run import engine_of
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.export import FORMATS, export, model_card
 from pretrain.export.card import results_of
 from pretrain.export.converted import build_whole, given, write_whole
+from pretrain.files import write_text
 from pretrain.results.provenance import file_hash
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.weights.container import IN_FOLDER
@@ -45,101 +46,71 @@ def backbone_of_run(folder: Path) -> ViT:
 
         return load_segmenter(folder, "cpu").model.backbone.vit
     else:
-        raise UserError(
-            f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"
-        )
+        what = "no folder of a fine-tuning run; of a pre-training, name the file in it"
+        raise UserError(f"--weights: {folder} is {what}")
     ran = adapter.options
-    if ran.window_size or not (ran.final_norm and ran.keep_special_tokens):
-        raise UserError(
-            f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT"
-        )
+    is_plain = not ran.window_size and ran.final_norm and ran.keep_special_tokens
+    how = "with windows, or without the final norm or [CLS]: no plain ViT"
+    ensure(is_plain, f"--weights: {folder} ran its backbone {how}")
     return adapter.vit
 
 
 def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
     """A run's backbone, its provenance, and the results of the run itself."""
-    extra = [
-        name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)
-    ]
-    if extra:
-        raise UserError(
-            f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself"
-        )
+    for name in ("backbone", "source", "subnet", "patch_size", "results"):
+        said = f"{options.weights} is a run's folder, which says all that itself"
+        ensure(not getattr(options, name), f"--{name.replace('_', '-')}: {said}")
     vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
     if not file.is_file():  # it has not ended
         return vit, {}, []
     own = read_result(file)
-    told = {
-        key: getattr(own, key)
-        for key in ("method", "effective_epochs", "weights_hash", "config_hash", "seed")
-    }
+    keys = ("method", "effective_epochs", "weights_hash", "config_hash", "seed")
+    told = {key: getattr(own, key) for key in keys}
     return vit, {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
 
 
 def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
     """The same for a file of weights of any supported source."""
-    file, names = options.weights, ("source", "subnet", "patch_size")
-    vit, told = build_whole(file, name=options.backbone, **{name: getattr(options, name) for name in names})
+    file, said = (
+        options.weights,
+        {name: getattr(options, name) for name in ("source", "subnet", "patch_size")},
+    )
+    vit, told = build_whole(file, name=options.backbone, **said)
     same = {file_hash(file)} if "fine_tuned" in told else {file_hash(file), told["weights_hash"]}
     return vit, told, results_of(options.results, same) if options.results else []
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; ``size`` becomes (height, width)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="any supported checkpoint, or a run's folder",
-    )
-    parser.add_argument(
-        "--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ..."
-    )
-    parser.add_argument("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
-    parser.add_argument(
-        "--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ..."
-    )
-    parser.add_argument(
-        "--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)"
-    )
-    parser.add_argument(
-        "--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--size", type=int, nargs="+", metavar="PX", help=f"side, or height and width ({DEFAULT_SIZE_PX})"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors or a folder"
-    )
-    parser.add_argument("--method", help="what tables and cards call it (as the file says)")
-    parser.add_argument(
-        "--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)"
-    )
-    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, of a format that is a file")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUNS",
-        help="measured with these weights, for the card",
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="PATH", help="any checkpoint, or a run's folder")
+    add("--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ...")
+    add("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
+    add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    add("--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)")
+    add("--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s")
+    sides = f"side, or height and width ({DEFAULT_SIZE_PX})"
+    add("--size", type=int, nargs="+", metavar="PX", help=sides)
+    add("--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors, a folder")
+    add("--method", help="what tables and cards call it (as the file says)")
+    add("--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)")
+    add("--card", type=Path, metavar="FILE", help="a model card, of a format that is a file")
+    measured = "measured with these weights, for the card"
+    add("--results", type=Path, nargs="+", default=[], metavar="RUNS", help=measured)
     options = parser.parse_args(arguments)
-    if options.size is not None and len(options.size) > 2:
-        raise UserError(f"--size: one side, or height and width; not {' '.join(map(str, options.size))}")
+    said = " ".join(map(str, options.size or []))
+    ensure(len(options.size or [0]) <= 2, f"--size: one side, or height and width; not {said}")
     if options.format == "posfield":
         for name in ("size", "card", "results"):
-            if getattr(options, name):
-                raise UserError(f"--{name}: has no effect on format posfield")
-    elif options.results and options.card is None and FORMATS[options.format].suffix:
-        raise UserError("--results: they stand in the card; name its file by --card")
+            ensure(not getattr(options, name), f"--{name}: has no effect on format posfield")
+    else:
+        shown = not options.results or options.card is not None or not FORMATS[options.format].suffix
+        ensure(shown, "--results: they stand in the card; name its file by --card")
     weights = options.weights.resolve()
-    if options.output.resolve() in (weights, *weights.parents):
-        raise UserError(f"--output: {options.output} would replace the weights themselves")
+    replaces = options.output.resolve() in (weights, *weights.parents)
+    ensure(not replaces, f"--output: {options.output} would replace the weights themselves")
     side = options.size or [DEFAULT_SIZE_PX]
     options.size = (side[0], side[-1])
     return options
@@ -155,18 +126,15 @@ def main(arguments: list[str]) -> None:
         print(f"{write_whole(vit, options.output, told)}: every tool takes it as --weights")
         return
 
-    hashed = None if is_run else file_hash(options.weights)
+    facts = {"file": options.output.name, "file_hash": None if is_run else file_hash(options.weights)}
+    facts |= {"provenance": told, "results": results}
 
     def card(difference: float) -> str:
-        facts = {"file": options.output.name, "file_hash": hashed, "provenance": told, "results": results}
         return model_card(vit, options.format, options.size, difference, **facts)
 
     difference = export(vit, options.format, options.size, options.output, told, card)
     if options.card is not None:
-        options.card.parent.mkdir(parents=True, exist_ok=True)
-        options.card.write_text(card(difference), encoding="utf-8")
-    height, width = options.size
-    print(
-        f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n"
-    )
+        write_text(options.card, card(difference))
+    exact = f"largest relative difference from the backbone {difference:.1e}"
+    print(f"{options.output}: {options.size[0]} x {options.size[1]} px, {exact}\n")
     print(FORMATS[options.format].use(vit, options.size, str(options.output)).code)

@@ -9,7 +9,6 @@ holds a PNG an image, stored as the masks of its training data are, and OUTPUT/c
 mean. Images that cannot be read are named and skipped.
 """
 
-import argparse
 import json
 import os
 import time
@@ -17,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from det_plugin.coco.masks import coco_api
 from det_plugin.figures import draw_prediction
 from det_plugin.predict import Detections, Detector, load_detector
 from det_plugin.run import engine_of
+from pretrain.cli import command_parser
 from pretrain.data.sources.files import is_image
 from pretrain.errors import UserError
 from pretrain.files import put_in_place
@@ -102,16 +103,13 @@ def detected(
     """Detect in one image after another. Returns what to say at the end."""
     results = Results(output, detector.classes)
 
-    def detect(path: Path, name: str, picture: Path | None) -> None:
+    def detect(path: Path, name: str) -> np.ndarray | None:
         found = detector.predict(path, min_score)
         results.add(name, found)
-        if picture:
-            Image.fromarray(draw_prediction(found.image, found.results, detector.classes)).save(
-                picture, quality=92
-            )
+        return draw_prediction(found.image, found.results, detector.classes) if pictures else None
 
     try:
-        told = over_images(detect, images, output / "pictures" if pictures else None)
+        told = over_images(detect, images, output / "pictures")
     except UserError:
         results.close()
         raise
@@ -127,31 +125,26 @@ def segmented(run: Path, device: str, images: list[tuple[Path, str]], output: Pa
     segmenter = load_segmenter(run, device)
     palette, values = palette_of(segmenter.metainfo), segmenter.metainfo["values"]
     names = [name for _, name in images]
-    maps = dict(
-        zip(
-            names,
-            picture_paths([str(Path(name).with_suffix(".png")) for name in names], output / "labels", ".png"),
-        )
-    )
+    as_png = [str(Path(name).with_suffix(".png")) for name in names]
+    maps = dict(zip(names, picture_paths(as_png, output / "labels", ".png")))
 
-    def segment(path: Path, name: str, picture: Path | None) -> None:
+    def segment(path: Path, name: str) -> np.ndarray | None:
         pixels = read_rgb(path)
         labels = segmenter.predict(pixels).labels
         save_labels(maps[name], labels, palette, values)
-        if picture:
-            Image.fromarray(blended(pixels, labels, palette)).save(picture, quality=92)
+        return blended(pixels, labels, palette) if pictures else None
 
-    told = over_images(segment, images, output / "pictures" if pictures else None)
-    (output / "classes.txt").write_text(
-        "".join(f"{value}: {name}\n" for value, name in zip(values, segmenter.classes))
-    )
+    told = over_images(segment, images, output / "pictures")
+    meaning = [f"{value}: {name}\n" for value, name in zip(values, segmenter.classes)]
+    (output / "classes.txt").write_text("".join(meaning))
     return f"label maps of {told}: {output / 'labels'}"
 
 
 def over_images(
-    predict: Callable[[Path, str, Path | None], None], images: list[tuple[Path, str]], pictures: Path | None
+    predict: Callable[[Path, str], np.ndarray | None], images: list[tuple[Path, str]], pictures: Path
 ) -> str:
-    """Call ``predict(path, name, picture's path)`` for each image; one that cannot be read is named and skipped.
+    """Call ``predict(path, name)`` for each image, and save the picture that it gives, if any, into ``pictures``. An
+    image that cannot be read is named and skipped.
 
     Returns:
         ``N images, K skipped``.
@@ -160,18 +153,19 @@ def over_images(
         UserError: none can be read.
     """
     skipped, line, started = 0, ProgressLine("predict", len(images), 0), time.monotonic()
-    paths = picture_paths([name for _, name in images], pictures or Path())
+    paths = picture_paths([name for _, name in images], pictures)
     try:
-        for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
-            if pictures:
-                picture.parent.mkdir(parents=True, exist_ok=True)
+        for done, ((path, name), file) in enumerate(zip(images, paths), 1):
             try:
-                predict(path, name, picture if pictures else None)
+                picture = predict(path, name)
             except UserError as error:
                 plain = dict[str, Any](style=None, markup=False, highlight=False, soft_wrap=True)
                 line.console.print(f"skipped: {error}", **plain)
                 skipped += 1
                 continue
+            if picture is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(file, quality=92)
             left_s = (time.monotonic() - started) / done * (len(images) - done)
             line.update(done, f"{done - skipped} images", left_s)
     finally:
@@ -182,8 +176,7 @@ def over_images(
 
 
 def main(arguments: list[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
     add("--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them")

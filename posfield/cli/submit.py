@@ -1,5 +1,4 @@
-"""Submit a command to SLURM: several GPUs and nodes, put back into the queue when its time is over or it is
-preempted.
+"""Submit a command to SLURM: many GPUs and nodes, put back when its time is over or it is preempted.
 
 posfield submit --nodes 2 --gpus 4 --hours 48 --partition gpu -- pretrain \\
     --config configs/pretrain/intertwined_vitb16.yaml data.root=imagenet/train
@@ -20,7 +19,7 @@ import sys
 from pathlib import Path
 
 from posfield.cli import COMMANDS
-from pretrain.cli import command
+from pretrain.cli import command, command_parser
 from pretrain.errors import UserError
 from pretrain.jobs.slurm import Resources, ToolJob, run_here, sbatch_script, submit, tool_jobs
 from pretrain.settings import validated
@@ -30,18 +29,17 @@ OPTIONS = [name for name in Resources.model_fields if name != "extra"]
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command behind ``--``."""
-    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options] -- COMMAND [arguments]"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=usage)
+    parser = command_parser(__doc__)
+    parser.usage = "%(prog)s [options] -- COMMAND [arguments]"
     add = parser.add_argument
     for name in OPTIONS:
         info = Resources.model_fields[name]
         option, told = f"--{name.replace('_', '-')}", f"{info.description} (%(default)s)"
         add(option, type=type(info.default), default=info.default, metavar="N", help=told)
     add("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
-    slurm = "options of sbatch: account=a exclusive=true"
-    add("--slurm", nargs="+", default=[], metavar="key=value", help=slurm)
-    logs = "logs; %%j: the job's number (%(default)s)"
-    add("--folder", type=Path, default=Path("runs/jobs/%j"), help=logs)
+    examples = "options of sbatch: account=a exclusive=true"
+    add("--slurm", nargs="+", default=[], metavar="key=value", help=examples)
+    add("--folder", type=Path, default=Path("runs/jobs/%j"), help="logs; %%j: the job's number (%(default)s)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--dry-run", action="store_true", help="only show the job")
     where.add_argument("--local", action="store_true", help="run it here, and wait")
@@ -89,17 +87,12 @@ def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
     """The script for sbatch, what each task of it does, and what it does when it comes back."""
     n_tasks, n_here = resources.nodes * resources.ranks_per_node, resources.ranks_per_node
     ranks = f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{n_here - 1} " if n_tasks > 1 else ""
-    lines = [
-        sbatch_script(resources, folder, len(jobs)),
-        f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:",
-        ranks + shlex.join(jobs[0].words),
-        "# and after a preemption or the time limit:",
-        ranks + shlex.join(jobs[0].resumed().words),
-    ]
+    lines = [f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:", ranks + shlex.join(jobs[0].words)]
+    lines += ["# and after a preemption or the time limit:", ranks + shlex.join(jobs[0].resumed().words)]
     if len(jobs) > 1:
         told = f"job {len(jobs) - 1}: {shlex.join(jobs[-1].words)}"
         lines.append(f"# this is job 0 of the array of {len(jobs)}; {told}")
-    return "\n".join(lines)
+    return "\n".join([sbatch_script(resources, folder, len(jobs)), *lines])
 
 
 def main(arguments: list[str]) -> None:

@@ -36,8 +36,7 @@ BLOCK = 64  # queries: on a CPU the fastest of 64, 128, 256 and all, for it stay
 
 
 class LastLayer(NamedTuple):
-    """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1;
-    mean of the heads."""
+    """What the last layer attends to (mean of the heads, over the patches alone, rows sum to 1) and gives."""
 
     cls: Tensor  # [B, N (key)]; of a ViT without [CLS] the mean over the patches
     patches: Tensor  # [B, N (query), N (key)]
@@ -63,12 +62,10 @@ def over_patches(weights: Tensor, n_prefix: int) -> Tensor:
 
 
 def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Iterator[tuple[Block, Tensor]]:
-    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one makes of them is not
-    computed.
+    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one gives is not computed.
 
     Args:
-        tokens: of ``backbone.embed``.
-        buckets: of ``backbone.buckets``.
+        tokens, buckets: of ``backbone.embed`` and ``backbone.buckets``.
     """
     previous: Block | None = None
     for block in backbone.blocks:
@@ -82,8 +79,7 @@ def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Itera
 def last_layer(
     backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None
 ) -> LastLayer:
-    """Attention of the last layer, special tokens cut off and rows renormalized, and the patch features, in
-    one pass.
+    """Attention of the last layer, and the patch features, in one pass.
 
     Args:
         x: [B, 3, H, W] normalized pixels.
@@ -107,8 +103,7 @@ def patch_at(place: tuple[float, float], grid: tuple[int, int]) -> tuple[int, in
 
 @torch.no_grad()
 def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, float]]) -> Tensor:
-    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), without the rows
-    of all others.
+    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), and no others.
 
     Args:
         x: [B, 3, H, W] normalized pixels.
@@ -128,9 +123,6 @@ def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, floa
         weights = last.attn.attention_map(normed, slice(query, query + 1), buckets)  # [B, heads, 1, T]
         rows.append(over_patches(weights.float(), backbone.n_prefix).mean(1))  # [B, 1, N]
     return torch.cat(rows, dim=1).unflatten(2, grid)
-
-
-# --- NMI and MAD -------------------------------------------------------------------------------------------
 
 
 class Statistics(NamedTuple):
@@ -153,15 +145,6 @@ def distances_px(
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     y, x = rows.flatten() * patch_px, columns.flatten() * patch_px  # [N]
     return ((y[queries, None] - y).square() + (x[queries, None] - x).square()).sqrt()
-
-
-def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
-    """From mean_q H(A_q) [...] and p(k) [..., N]."""
-    key_entropy = entropy(keys)
-    # Rounding can leave the bounds.
-    information = (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
-    scale = (math.log(n) * key_entropy).sqrt()
-    return torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
 
 
 @torch.no_grad()
@@ -216,15 +199,16 @@ def streamed_statistics(
     done = 0
     for rows in blocks:
         here = slice(done, done + rows.shape[-2])
-        row_entropy = row_entropy.to(rows.device) + _wide(entropy(rows)).sum(-1)  # [...]
-        keys = keys.to(rows.device) + _wide(rows.sum(-2))  # [..., N]
+        wide = torch.float32 if rows.device.type == "mps" else torch.float64  # for sums over many
+        row_entropy = row_entropy.to(rows.device) + entropy(rows).to(wide).sum(-1)  # [...]
+        keys = keys.to(rows.device) + rows.sum(-2).to(wide)  # [..., N]
         rows *= distances_px(grid, patch_px, here, rows.device)
-        distance = distance.to(rows.device) + _wide(rows.sum(-1)).sum(-1)
+        distance = distance.to(rows.device) + rows.sum(-1).to(wide).sum(-1)
         done = here.stop
         del rows  # before the next are made
-    return _nmi(row_entropy / done, keys / done, done), distance / done
-
-
-def _wide(x: Tensor) -> Tensor:
-    """For sums over many: float64, but on MPS, which has none, float32."""
-    return x.float() if x.device.type == "mps" else x.double()
+    key_entropy = entropy(keys / done)
+    # Rounding can leave the bounds.
+    information = (key_entropy - row_entropy / done).clamp(min=0).minimum(key_entropy)
+    scale = (math.log(done) * key_entropy).sqrt()
+    nmi = torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
+    return nmi, distance / done

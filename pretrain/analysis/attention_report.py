@@ -1,6 +1,5 @@
-"""The paper's figures of attention, for any number of checkpoints, and one self-contained html page: NMI and
-MAD by layer (Fig. 5), what query patches attend to (Fig. 6), box-wise beside cross-wise position masks
-(Fig. 7)."""
+"""The paper's figures of attention of any checkpoints, and their html page: NMI and MAD by layer (Fig. 5), what
+query patches attend to (Fig. 6), box-wise beside cross-wise position masks (Fig. 7)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,7 @@ LONGEST_NAME = 28
 
 
 def statistics_figure(measured: Sequence[Measured]) -> Figure:
-    """NMI and MAD by layer, all checkpoints overlaid; the bands are one standard deviation over the images
-    (paper Fig. 5)."""
+    """NMI and MAD by layer, checkpoints overlaid (paper Fig. 5); bands: one deviation over the images."""
     figure, axes = grid_of_axes(1, 2, (9, 3.4))
     names = [m.name for m in measured]
     for axis, (metric, label) in zip(axes[0], METRICS.items()):
@@ -45,8 +43,7 @@ def statistics_figure(measured: Sequence[Measured]) -> Figure:
 
 
 def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
-    """One panel a checkpoint: each head a dot (mean over the images) at its layer, and the mean of the heads
-    as a line.
+    """One panel a checkpoint: each head a dot (mean over the images) at its layer; a line: the heads' mean.
 
     Args:
         metric: a key of :data:`METRICS`.
@@ -78,8 +75,7 @@ def _layer_axis(axis: Any, label: str) -> None:
 
 
 def queries_figure(image: Tensor, maps: Sequence[tuple[str, Tensor]], queries: Sequence[Place]) -> Figure:
-    """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig.
-    6).
+    """A column a query patch, marked with a red dot: the image, below it a row a checkpoint (paper Fig. 6).
 
     Args:
         image: uint8 or normalized [3, H, W].
@@ -87,10 +83,9 @@ def queries_figure(image: Tensor, maps: Sequence[tuple[str, Tensor]], queries: S
             (:func:`pretrain.analysis.attention.query_attention`).
         queries: Q places (x, y) in image units.
     """
-    height, width = image.shape[1:]
-    rows, columns = 1 + len(maps), len(queries)
-    size = (1.9 * columns + 0.4, 1.9 * rows * height / width)
-    figure, axes = grid_of_axes(rows, columns, size)
+    (height, width), rows = image.shape[1:], 1 + len(maps)
+    size = (1.9 * len(queries) + 0.4, 1.9 * rows * height / width)
+    figure, axes = grid_of_axes(rows, len(queries), size)
     for axis, query in zip(axes[0], queries):
         bare(axis).imshow(displayable(image), extent=(0, width, height, 0))
         axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
@@ -113,16 +108,12 @@ def masks_comparison_figure(
         images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
     """
     height, width = images.shape[2:]
-    rows = len(images)
-    figure, axes = grid_of_axes(rows, 4, (8.6, 2.1 * rows), width_ratios=(1, 1, 1, 1.35))
+    figure, axes = grid_of_axes(len(images), 4, (8.6, 2.1 * len(images)), width_ratios=(1, 1, 1, 1.35))
     for i, (row, image) in enumerate(zip(axes, images)):
         query = queries[i % len(queries)]
         bare(row[0], "image and query").imshow(displayable(image), extent=(0, width, height, 0))
-        kinds = (
-            (row[1], boxwise, "box-wise", drawn.GLOBAL_COLOR),
-            (row[2], crosswise, "cross-wise", drawn.LOCAL_COLOR),
-        )
-        for axis, maps, name, color in kinds:
+        kinds = ((boxwise, "box-wise", drawn.GLOBAL_COLOR), (crosswise, "cross-wise", drawn.LOCAL_COLOR))
+        for axis, (maps, name, color) in zip(row[1:], kinds):
             heat = maps[i, i % len(queries)]
             heat_map(bare(axis, name), heat, query, (height, width))
             share = heat.sum(0) * heat.shape[1]  # [w]
@@ -138,12 +129,8 @@ def masks_comparison_figure(
 
 
 def from_zero(axis: Any, *sharing: Any) -> None:
-    """The y axis from 0 to a little above all that is drawn, on it and on those that share it: an even
-    curve is not at the edge."""
+    """The y axis from 0 to a little above all that is drawn, on it and on those that share it."""
     axis.set_ylim(0, 1.1 * max(each.dataLim.y1 for each in (axis, *sharing)) or 1)
-
-
-# --- all of them -------------------------------------------------------------------------------------------
 
 
 def draw(
@@ -163,10 +150,8 @@ def draw(
     def add(stem: str, figure: Figure, title: str, caption: str) -> None:
         shown.append(drawn.keep(figure, folder, stem, title, caption))
 
-    about = (
-        "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
-        "of the heads; bands: one standard deviation over the images (paper Fig. 5)."
-    )
+    about = "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, "
+    about += "mean of the heads; bands: one standard deviation over the images (paper Fig. 5)."
     add("statistics", statistics_figure(measured), "Attention by layer", about)
     for metric, title in (("nmi", "NMI of every head"), ("mad_px", "Attention distance of every head")):
         about = "Each dot is a head, mean over the images; the line is the mean of the heads."
@@ -179,10 +164,9 @@ def draw(
         add(f"queries_{i + 1:02}", figure, title, about + own_scale)
     if compared:
         figure = masks_comparison_figure(images, maps[compared[0]], maps[compared[1]], queries)
-        spikes = (
-            " after training with either; vertical lines in a map are spikes on the right (paper Fig. 7)."
-        )
-        add("masks", figure, "Position masks: box-wise and cross-wise", about + spikes)
+        spikes = "vertical lines in a map are spikes on the right (paper Fig. 7)."
+        told = f"{about} after training with either; {spikes}"
+        add("masks", figure, "Position masks: box-wise and cross-wise", told)
     about = "Distributions of s as drawn in training with the default settings (paper Fig. 3)."
     add("scales", drawn.scales_figure(PositionSettings()), "Scale s", about)
     return shown
@@ -207,10 +191,9 @@ def build_page(
         layers = enumerate(zip(nmi, nmi_std, mad, mad_std), 1)
         rows = [[i, f"{a:.4f} ± {a_std:.4f}", f"{b:.1f} ± {b_std:.1f}"] for i, (a, a_std, b, b_std) in layers]
         by_layer.append((m.name, rows))
-        origin = [r.weights_hash or "–", r.config_hash, (r.git_commit or "–")[:12]]
-        origin.append(str(r.packages.get("torch", "–")))
-        cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}"]
-        origins.append([m.name, *origin, *cost, r.created[:19].replace("T", " ")])
+        versions = [(r.git_commit or "–")[:12], r.packages.get("torch", "–")]
+        cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}", r.created[:19].replace("T", " ")]
+        origins.append([m.name, r.weights_hash or "–", r.config_hash, *versions, *cost])
     lists = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
     about = dict(deviations=next(scaled, ""), figures=figures, broken=broken)
     return from_template("attention.html", title="Attention analysis", **lists, **about)

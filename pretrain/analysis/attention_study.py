@@ -6,7 +6,6 @@ latter is written last, so that an interrupted study resumes after the last comp
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.data.images import Images, check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
-from pretrain.files import read_csv, write_csv
+from pretrain.files import csv_text, read_csv, write_text
 from pretrain.log import Progress, say
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
@@ -32,9 +31,6 @@ PROTOCOL = {"size_px": 480, "patch_px": 16, "images": 100, "crop": False, "bf16"
 STATISTICS = "statistics.csv"
 METRICS = {"nmi": "NMI", "mad_px": "MAD (px)"}
 COLUMNS = ("weights", "image", "layer", "head", *METRICS)
-
-
-# --- the numbers, on disk and for `result.json` -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,7 @@ class Measured:
 
 
 def metrics_of(measured: Measured) -> dict[str, Any]:
-    """For ``result.json``: both metrics by layer (mean of heads and images), and their means over the
-    layers."""
+    """For ``result.json``: both metrics by layer (mean of heads and images), and their means over layers."""
     metrics: dict[str, Any] = {}
     for metric in METRICS:
         mean, _ = measured.by_layer(metric)
@@ -68,14 +63,13 @@ def metrics_of(measured: Measured) -> dict[str, Any]:
 
 
 def write_statistics(path: Path, measured: Iterable[Measured], images: Sequence[str]) -> None:
-    """One row for each checkpoint, image, layer and head; layers and heads count from 1, numbers are
-    exact."""
+    """One row for each checkpoint, image, layer and head (these two from 1); numbers are exact."""
     rows = (
         (m.name, images[i], layer + 1, head + 1, float(nmi), float(m.mad_px[i, layer, head]))
         for m in measured
         for (i, layer, head), nmi in np.ndenumerate(m.nmi)
     )
-    write_csv(path, COLUMNS, rows)
+    write_text(path, csv_text(dict(zip(COLUMNS, row)) for row in rows))
 
 
 def read_statistics(path: Path, name: str) -> Measured:
@@ -96,17 +90,14 @@ def read_statistics(path: Path, name: str) -> Measured:
 
 
 def write_summary(path: Path, measured: Iterable[Measured]) -> None:
-    """One row for each checkpoint and layer: mean of the heads, its mean and standard deviation over the
-    images."""
+    """One row for each checkpoint and layer: mean and standard deviation over the images of the heads' mean."""
     rows = (
         (m.name, layer, len(m.nmi), *map(float, values))
         for m in measured
         for layer, values in enumerate(zip(*m.by_layer("nmi"), *m.by_layer("mad_px")), 1)
     )
-    write_csv(path, ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std"), rows)
-
-
-# --- how they are measured ---------------------------------------------------------------------------------
+    columns = ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std")
+    write_text(path, csv_text(dict(zip(columns, row)) for row in rows))
 
 
 def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
@@ -116,12 +107,13 @@ def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
         UserError: a ``size_px`` that is no multiple of a checkpoint's patches, with the nearest that are; too
             many patches.
     """
-    for side, path in ((subject.patch_px, subject.path) for subject in subjects):
+    for subject in subjects:
+        n, side = size_px // subject.patch_px, subject.patch_px
         if size_px % side:
-            near = " or ".join(str(side * n) for n in (size_px // side, size_px // side + 1) if n)
-            told = f"{path} has patches of {side} px; take {near} px, or --patch-size for all"
+            near = " or ".join(str(side * whole) for whole in (n, n + 1) if whole)
+            told = f"{subject.path} has patches of {side} px; take {near} px, or --patch-size for all"
             raise UserError(f"--size {size_px}: {told}")
-        check_grid(size_px // side, size_px // side, f"--size {size_px}: an image")
+        check_grid(n, n, f"--size {size_px}: an image")
 
 
 def check_masks(box: Path, cross: Path) -> None:
@@ -166,15 +158,10 @@ class Study:
             Interrupted: asked to stop; what was measured of this checkpoint is lost.
         """
         names, images = self.pictures.names, torch.stack(self.pictures.pixels)
-        used = {
-            "size_px": images.shape[-1],
-            "patch_px": subject.patch_px,
-            "crop": self.crop,
-            "bf16": self.bf16,
-        }
-        used["images"] = min(len(names), PROTOCOL["images"])
+        n_used = min(len(names), PROTOCOL["images"])
+        used = (images.shape[-1], subject.patch_px, n_used, self.crop, self.bf16)
         seen = {"names": names, "pixels": content_hash(images)}
-        settings: dict[str, Any] = {name: (value, used[name]) for name, value in PROTOCOL.items()}
+        settings: dict[str, Any] = {name: pair for name, *pair in zip(PROTOCOL, PROTOCOL.values(), used)}
         settings |= {name: (value, value) for name, value in seen.items()}
         if (folder / STATISTICS).is_file() and subject.found(folder, "attention", settings):
             say(f"{subject.label}: measured before")
@@ -194,13 +181,10 @@ class Study:
         return measured
 
     def maps(self, backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Tensor:
-        """What query patches attend to, [n, Q, h, w] on the CPU, of uint8 images [n, 3, S, S], one at a
-        time."""
-        maps = []
-        for image in images.split(1):
-            with self._autocast():
-                maps.append(query_attention(backbone, normalize(image.to(self.device)), queries).cpu())
-        return torch.cat(maps)
+        """What query patches attend to, [n, Q, h, w] on the CPU, of uint8 images [n, 3, S, S], one by one."""
+        with self._autocast():
+            parts = (normalize(image.to(self.device)) for image in images.split(1))
+            return torch.cat([query_attention(backbone, pixels, queries).cpu() for pixels in parts])
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

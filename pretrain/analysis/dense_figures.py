@@ -1,5 +1,4 @@
-"""Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch
-features.
+"""Figures of a dense evaluation: labels and clusters over their images, principal components of the patches.
 
 The colors of classes differ as much as their number allows, also for eyes with a color vision deficiency.
 Pixels that are not counted are hatched in gray.
@@ -9,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.analysis.feature_figures import pca_figure
-from pretrain.analysis.figures import bare, forget, plain, save
+from pretrain.analysis.figures import bare, forget, grid_of_axes, plain, save
 from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.datasets.maps import nearest
@@ -59,14 +57,9 @@ class Features(Protocol):
 
 
 def write(
-    folder: Path,
-    images: Sequence[Pixels],
-    labels: Sequence[Labels],
-    maps: Mapping[str, Sequence[Labels]],
-    classes: Sequence[str],
-    features: Sequence[tuple[str, Features]],
-    image_px: int,
-) -> None:
+    folder: Path, images: Sequence[Pixels], labels: Sequence[Labels], maps: Mapping[str, Sequence[Labels]],
+    classes: Sequence[str], features: Sequence[tuple[str, Features]], image_px: int,
+) -> None:  # fmt: skip
     """Draw ``folder/figures/{segmentation,components}.png``, as far as there is data, and their captions.
 
     Figures of these names that an earlier evaluation left are removed.
@@ -104,7 +97,7 @@ def write(
 def components(
     images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int
 ) -> dict[str, list[Tensor]]:
-    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each. The images [H, W, 3] are
+    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each; of images [H, W, 3]
     squeezed to squares of ``image_px``, rounded to whole patches."""
     first: Tensor | None = None
     found: dict[str, list[Tensor]] = {}
@@ -115,9 +108,8 @@ def components(
         with torch.no_grad():
             rows = torch.cat([tokens.patches.flatten(0, 1).cpu() for tokens in seen(squares)])  # [n * N, D]
         scores = principal_components(rows)
-        if first is None:
-            first = scores
-        elif first.shape == scores.shape:
+        first = scores if first is None else first
+        if found and first.shape == scores.shape:
             scores = turned_like(scores, first)
         found[name] = list(as_colors(scores).view(len(images), side, side, 3))
     return found
@@ -129,8 +121,8 @@ def labels_figure(
     maps: Mapping[str, Sequence[Labels]],
     classes: Sequence[str],
 ) -> Figure:
-    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur. The
-    arguments are those of :func:`write`."""
+    """One row an image: itself, and over it its labels and each map; below, the classes that occur. The arguments
+    are those of :func:`write`."""
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
     # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
@@ -145,9 +137,7 @@ def labels_figure(
     n_columns = max(1, int(width / (0.5 + 0.075 * longest)))
     ratios = [min(image.shape[0] / image.shape[1], 1.0) for image in images]
     size = (width, COLUMN_IN * sum(ratios) + 0.3 + 0.1 * len(images) + 0.2 * -(-len(names) // n_columns))
-    figure, axes = plt.subplots(
-        len(images), len(columns), figsize=size, squeeze=False, layout="constrained", height_ratios=ratios
-    )
+    figure, axes = grid_of_axes(len(images), len(columns), size, height_ratios=ratios)
     for i, (row, image, truth) in enumerate(zip(axes, images, labels)):
         bare(row[0]).imshow(image)
         bare(row[1]).imshow(painted(image, truth, colors))
@@ -186,8 +176,7 @@ def painted(
     for label, color in colors.items():
         if label < len(table):
             table[label] = color
-    rows, columns = np.indices(size)
-    hatch = np.where((rows + columns) // 5 % 2, *HATCHED)
+    hatch = np.where(np.indices(size).sum(0) // 5 % 2, *HATCHED)
     colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
     gray = 0.3 + 0.7 * pixels.mean(-1, keepdims=True)  # black would darken the colors
     mixed = SHARE * colored + (1 - SHARE) * gray
@@ -207,8 +196,7 @@ def painted(
 
 @lru_cache(maxsize=8)
 def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
-    """Colors (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for
-    any count.
+    """Colors (r, g, b) in [0, 1], each as far from those before it as can be, whatever the count.
 
     Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black,
     white or gray.
@@ -221,11 +209,10 @@ def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
     candidates, seen = candidates[keep], seen[:, keep]
     grays = _lab(np.repeat([[0.0], [0.45], [HATCHED[0]], [HATCHED[1]], [1.0]], 3, axis=1))
     nearest = np.min([_distance(seen, grays[:, i : i + 1]) for i in range(grays.shape[1])], axis=0)
-    chosen: list[tuple[float, float, float]] = []
+    chosen: list[Any] = []
     for _ in range(count):
         best = int(nearest.argmax())  # with more colors than candidates they repeat
-        red, green, blue = candidates[best].tolist()
-        chosen.append((red, green, blue))
+        chosen.append(tuple(candidates[best].tolist()))
         nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))
     return tuple(chosen)
 

@@ -1,20 +1,18 @@
-"""Figures of what patch features hold: PCA colors, similarity to a query, places read layer by layer, objects
-found; and a page.
+"""Figures of what patch features hold: PCA colors, similarity to a query, places read layer by layer, objects found.
 
-Each function draws one matplotlib figure. :func:`gallery` puts several into one html page.
+:func:`gallery` puts several into one html page.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from pretrain.analysis.attention import patch_at
-from pretrain.analysis.figures import bare, plain
+from pretrain.analysis.figures import bare, grid_of_axes, plain
 from pretrain.analysis.pca import Place
 from pretrain.results.curves import style_of
 from pretrain.results.pages import from_template
@@ -26,8 +24,7 @@ MAX_WIDTH_IN = 24.0
 
 
 def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Shown]) -> str:
-    """One self-contained html page: lists of texts about the figures, and the figures; every text is
-    escaped."""
+    """One self-contained html page: texts about the figures, and the figures; every text is escaped."""
     return from_template("gallery.html", title=title, about=about, figures=figures)
 
 
@@ -38,9 +35,7 @@ def _panels(
     wide = sum(widths) * height
     shrink = min(1.0, MAX_WIDTH_IN / wide)
     size = (wide * shrink + 0.5 + 0.8 * color_bars, (height * shrink + 0.25) * rows)
-    figure, axes = plt.subplots(
-        rows, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths
-    )
+    figure, axes = grid_of_axes(rows, len(widths), size, width_ratios=widths)
     for axis in axes.flat:
         bare(axis).spines[:].set_visible(False)
     return figure, axes
@@ -66,8 +61,7 @@ def pca_figure(images: Sequence[Tensor], colors: Mapping[str, Sequence[Tensor]])
 def similarity_figure(
     image: Tensor, queries: Sequence[Place], maps: Mapping[str, Sequence[Tensor]]
 ) -> Figure:
-    """One image: in each column a query patch, marked with a red dot; in each row a checkpoint and what is
-    like that patch to it.
+    """One image: a column a query patch, marked with a red dot; a row a checkpoint and what is like that patch.
 
     The colors of a row run from its least similarity, which the bar tells, to 1: features differ in how alike
     they all are.
@@ -95,15 +89,14 @@ def similarity_figure(
 
 
 def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """The position probe against the layer, from the rows of its csv: error and R^2, the checkpoints
-    overlaid.
+    """The position probe against the layer, from the rows of its csv: error and R^2, checkpoints overlaid.
 
     Bands are one standard deviation over the draws of the masks; the square is the final norm.
 
     Args:
         rows: of ``position_layers.csv``, see :func:`pretrain.evaluation.position_layers.csv_rows`.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, ((*axes,),) = grid_of_axes(1, 2, (11, 4.2))
     labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
     for axis, field in zip(axes, ("error", "r2")):
         for label in labels:
@@ -135,8 +128,7 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
     ):
         axes[0].plot([], [], dash, color=color, label=name)
     handles, names = axes[0].get_legend_handles_labels()
-    n_columns = min(4, len(names))
-    figure.legend(handles, names, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -152,9 +144,7 @@ class Boxed(NamedTuple):
 def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
     """True boxes (green) and those that were found (LOST red, TokenCut blue), with what hit."""
     n_rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(
-        n_rows, columns, figsize=(3.0 * columns, 2.7 * n_rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = grid_of_axes(n_rows, columns, (3.0 * columns, 2.7 * n_rows))
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, one in zip(axes.flat, pictures):

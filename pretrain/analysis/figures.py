@@ -1,5 +1,4 @@
-"""Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query
-patches.
+"""Figures of what a pre-training does: views and position boxes, masks, the scale s, attention of patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and
 caption, where the report finds it; :func:`training_images` gives the pixels of those of a running training,
@@ -18,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -45,8 +43,7 @@ def grid_of_axes(rows: int, columns: int, size_in: tuple[float, float], **more: 
 
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
-    """Write ``folder/name`` (PNG), with ``svg`` the same as SVG beside it, and an entry in
-    ``captions.json``; closes the figure."""
+    """Write ``folder/name`` (PNG), with ``svg`` an SVG beside it, and its caption; closes the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=110, bbox_inches="tight")
     if svg:
@@ -64,8 +61,7 @@ def keep(figure: Figure, folder: Path, stem: str, title: str, caption: str) -> S
 
 
 def forget(folder: Path, pattern: str) -> None:
-    """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier
-    analysis, no others."""
+    """Remove the kept figures of an earlier analysis whose stem is like ``pattern`` (a regular expression)."""
     captions = folder / "captions.json"
     if not captions.is_file():
         return
@@ -77,10 +73,10 @@ def forget(folder: Path, pattern: str) -> None:
     write_json(captions, entries)
 
 
-def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
+def as_array(figure: Figure) -> np.ndarray:
     """The figure as uint8 [H, W, 3]; closes it."""
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(100)
+    canvas: Any = figure.canvas
     canvas.draw()
     plt.close(figure)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -103,8 +99,7 @@ def bare(axis: Any, title: str = "") -> Any:
 
 
 def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height: float = 1) -> None:
-    """Outlines of boxes [V, 4] in image units on an axis of this width and height: global ones red, local
-    ones blue."""
+    """Outlines of boxes [V, 4] in image units on an axis of this size: global ones red, local ones blue."""
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         color = GLOBAL_COLOR if i < n_global else LOCAL_COLOR
         place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
@@ -137,42 +132,36 @@ def views_figure(
 
 
 def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
-    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in gray, in
-    the second.
+    """Global crops with their masks: content-masked ones, and in a second row, gray, position-masked ones.
 
     Args:
         crops: [C, 3, S, S], levels or normalized; masks: of the same crops.
     """
-    rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOR)]
+    rows = [("content", masks.content, "white", 0.9), ("position", masks.position, GLOBAL_COLOR, 0.55)]
     rows = [row for row in rows if row[1].any()]
-    n_rows = max(len(rows), 1)
+    n_rows, side = max(len(rows), 1), crops.shape[-1]
     figure, axes = grid_of_axes(n_rows, n_each, (1.9 * n_each, 2.1 * n_rows))
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, (kind, mask, color) in zip(axes, rows):
-        chosen = mask.any(1).nonzero().flatten().tolist()[:n_each]
-        for axis, crop in zip(row, chosen):
+    for row, (kind, mask, color, strength) in zip(axes, rows):
+        for axis, crop in zip(row, mask.any(1).nonzero().flatten().tolist()):
             axis.set_axis_on()
-            n_masked = int(mask[crop].sum())
-            bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
-            side = crops.shape[-1]
+            bare(axis, f"{kind}: {int(mask[crop].sum())} of {mask.shape[1]} patches")
             pixels = displayable(crops[crop])
             if kind == "position":  # red is visible on gray
                 pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
             axis.imshow(pixels, extent=(0, side, side, 0))
-            cover = np.zeros((*grid, 4))
-            cover[..., :3] = matplotlib.colors.to_rgb(color)
-            cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * (0.9 if kind == "content" else 0.55)
+            cover = np.full((*grid, 4), matplotlib.colors.to_rgba(color))
+            cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * strength
             axis.imshow(cover, extent=(0, side, side, 0), interpolation="nearest")
     return figure
 
 
 def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
     """The three distributions of s (paper Fig. 3, Table 4a), drawn from the code that the training uses."""
-    figure, axis = plt.subplots(figsize=(5, 2.4), layout="constrained")
+    figure, ((axis,),) = grid_of_axes(1, 1, (5, 2.4))
     for scale in ("beta", "uniform"):
-        rng = np.random.default_rng(0)
-        drawn_from = replaced(rule, {"scale": scale})
+        rng, drawn_from = np.random.default_rng(0), replaced(rule, {"scale": scale})
         values = [draw_s(drawn_from, rng) for _ in range(n)]
         axis.hist(values, bins=60, range=(0, 1), density=True, histtype="step", linewidth=1.5, label=scale)
     axis.axvline(rule.s_max, color="gray", linestyle="--", label="constant")
@@ -205,8 +194,7 @@ def attention_figure(
 
 
 def heat_map(axis: Any, heat: Tensor, query: Place, size_px: Sequence[int]) -> None:
-    """A map [h, w] over the place of an image (height, width), and a red dot on the patch at ``query`` (x,
-    y in image units)."""
+    """A map [h, w] in the place of an image (height, width); a red dot at ``query`` (x, y in image units)."""
     axis.imshow(heat, extent=(0, size_px[1], size_px[0], 0), cmap="viridis")
     query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px)
 
@@ -219,26 +207,20 @@ def query_dot(axis: Any, query: Place, grid: tuple[int, int], size_px: Sequence[
 
 
 def plain(text: str, most: int = 40) -> str:
-    """A name that matplotlib shows as it is: on one line, shortened in the middle, without mathematics. A
-    leading underscore does not hide it from a legend."""
+    """A name as matplotlib shows it: on one line, shortened in the middle, no mathematics, never hidden by "_"."""
     text = " ".join(text.split())
     text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
     text = text.replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
 
-# --- of a running training ----------------------------------------------------------------------------------
-
-
 def training_images(
     teacher: ViT, global_crops: Tensor, local_crops: Tensor, views: Views, masks: Masks | None, *,
     n_images: int = 3, autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and
-    ``masks`` if any.
+    """Images, uint8 [H, W, 3], of the first images of a batch: ``views``, ``attention``, ``pca``, ``masks`` if any.
 
-    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random
-    number is drawn.
+    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves; draws no random number.
 
     Args:
         teacher: on the device of the crops.
@@ -275,8 +257,7 @@ def training_images(
 
 
 def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool) -> Figure:
-    """One row an image: crops at their boxes, crops at their position boxes in the field (where they are tied
-    to it), single crops.
+    """One row an image: crops at their boxes, at their position boxes in the field (where tied to it), and single.
 
     Args:
         global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
@@ -293,19 +274,15 @@ def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tie
         crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
         flips = views.flips[image].tolist()
         for axis, (title, places) in zip(row, boxes.items()):
-            _paste(bare(axis, title), crops, flips, places[image, shown].cpu(), n_global)
+            for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, places[image, shown].tolist()):
+                turned = crop[:, ::-1] if flip else crop
+                axis.imshow(turned, extent=(x0, x1, y1, y0), interpolation="bilinear")
+            bare(axis, title).set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
+            rectangles(axis, places[image, shown], n_global)
         for view, axis, crop in zip(shown, row[len(boxes) :], crops):
             number = f"global {view + 1}" if view < n_global else f"local {view - n_global + 1}"
             bare(axis, number + (", flipped" if flips[view] else "")).imshow(crop)
     return figure
-
-
-def _paste(axis: Any, crops: list[np.ndarray], flips: list[bool], boxes: Tensor, n_global: int) -> None:
-    """Crops, turned back where they were flipped, at their boxes in the unit square."""
-    for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, boxes.tolist()):
-        axis.imshow(crop[:, ::-1] if flip else crop, extent=(x0, x1, y1, y0), interpolation="bilinear")
-    axis.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
-    rectangles(axis, boxes, n_global)
 
 
 def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
@@ -316,9 +293,8 @@ def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
     """
     n_views, n = crops.shape[:2]
     figure, axes = grid_of_axes(n, 2 * n_views, (4 * n_views, 2.2 * n))
-    for image, row in enumerate(axes):
-        for view in range(n_views):
-            bare(row[2 * view], f"global {view + 1}").imshow(displayable(crops[view, image]))
-            colors = rgb[view, image].numpy()
-            bare(row[2 * view + 1], "PCA of its patches").imshow(colors, interpolation="nearest")
+    for view in range(n_views):
+        for image, (left, right) in enumerate(axes[:, 2 * view : 2 * view + 2]):
+            bare(left, f"global {view + 1}").imshow(displayable(crops[view, image]))
+            bare(right, "PCA of its patches").imshow(rgb[view, image].numpy(), interpolation="nearest")
     return figure

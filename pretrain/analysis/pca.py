@@ -1,5 +1,5 @@
-"""What patch features look like: their principal components as colors, so that what belongs together gets the
-same color across images; and the cosine similarity of one patch to all patches of its image."""
+"""What patch features look like: principal components as colors, the same for what belongs together in all images;
+and the cosine similarity of one patch to all patches of its image."""
 
 from collections.abc import Sequence
 
@@ -47,17 +47,14 @@ def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None =
         [N, 3] float32 in [0, 1] on the CPU an image; each channel runs from its 2nd to its 98th percentile.
     """
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
-    kept = torch.ones(len(rows), dtype=torch.bool)
-    if background is not None:
-        kept = ~torch.cat(list(background)).cpu()
+    kept = ~torch.cat(list(background)).cpu() if background else torch.ones(len(rows), dtype=torch.bool)
     rgb = torch.zeros(len(rows), 3)
     rgb[kept] = as_colors(principal_components(rows[kept]))
     return list(rgb.split([len(part) for part in features]))
 
 
 def as_colors(scores: Tensor) -> Tensor:
-    """Three components [M, 3] as red, green and blue in [0, 1], float32: each from its 2nd to its 98th
-    percentile."""
+    """Components [M, 3] as red, green, blue in [0, 1], float32: each from its 2nd to its 98th percentile."""
     low, high = torch.quantile(scores, torch.tensor(PERCENTILES, dtype=scores.dtype), dim=0)
     return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
 
@@ -96,8 +93,7 @@ def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int
 
 
 def similarity_to(features: Tensor, query: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Cosine of the patch at ``query`` (row, column) with every patch: [N, D] -> [h, w] float32 on the
-    CPU."""
+    """Cosine of the patch at ``query`` (row, column) with every patch: [N, D] -> [h, w] float32, CPU."""
     x = F.normalize(features.detach().float(), dim=1)
     return (x @ x[query[0] * grid[1] + query[1]]).unflatten(0, grid).cpu()
 

@@ -1,5 +1,4 @@
-"""Multi-head self-attention with a selectable kernel: torch's SDPA, or xformers' memory-efficient
-attention."""
+"""Multi-head self-attention by torch's SDPA, or xformers' memory-efficient attention."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -32,9 +31,8 @@ def choose_attention(name: str, relative_positions: bool = False) -> str:
     if relative_positions:
         raise ValueError("attention: 'xformers' has no relative positions here; take attention='sdpa'")
     if importlib.util.find_spec("xformers") is None:
-        raise ValueError(
-            "attention: 'xformers' is not installed; install it for your torch, or take attention='sdpa'"
-        )
+        way = "install it for your torch, or take attention='sdpa'"
+        raise ValueError(f"attention: 'xformers' is not installed; {way}")
     if not torch.cuda.is_available():
         raise ValueError("attention: 'xformers' needs a CUDA device and there is none; take attention='sdpa'")
     return "xformers"
@@ -68,10 +66,7 @@ class Attention(nn.Module):
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads]."""
-        b, n, d = qkv.shape
-        q, k, v = (
-            qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def forward(self, x: Tensor, shapes: Shapes | None = None, buckets: Buckets = None) -> Tensor:
@@ -92,8 +87,7 @@ class Attention(nn.Module):
         return self.look_up(*self.split(qkv), buckets)
 
     def look_up(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None = None) -> Tensor:
-        """The kernel. Query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> heads side by
-        side, [B, M, D]."""
+        """The kernel. Query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> [B, M, D]."""
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
@@ -103,19 +97,16 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def relative_logits(self, q: Tensor, buckets: Tensor | None) -> Tensor | None:
-        """What relative positions add to the logits of queries [B, heads, M, D / heads]: [B, heads, M, N], or
-        None without them.
+        """What relative positions, if any, add to logits [B, heads, M, N] of queries [B, heads, M, D / heads].
 
         Raises:
-            ValueError: there are relative positions but no ``buckets`` [M, N]; the length of a sequence does
-                not tell its grid.
+            ValueError: there are some, but no ``buckets`` [M, N]; a sequence's length does not tell its grid.
         """
         if self.rpe_k is None:
             return None
         if buckets is None:
-            raise ValueError(
-                "attention: this ViT has relative positions; its blocks need the buckets of the grid, ViT.buckets(grid)"
-            )
+            needed = "its blocks need the buckets of the grid, ViT.buckets(grid)"
+            raise ValueError(f"attention: this ViT has relative positions; {needed}")
         return self.rpe_k(q, buckets)  # type: ignore[no-any-return]
 
     def attention_map(self, x: Tensor, queries: slice = slice(None), buckets: Tensor | None = None) -> Tensor:
@@ -128,8 +119,7 @@ class Attention(nn.Module):
         return self.weights(q[:, :, queries], k, None if buckets is None else buckets[queries])
 
     def weights(self, q: Tensor, k: Tensor, buckets: Tensor | None = None) -> Tensor:
-        """Softmax weights of queries [B, heads, M, D / heads] over keys [B, heads, N, D / heads], with
-        ``buckets`` [M, N]."""
+        """Softmax weights of queries [B, heads, M, D / heads] over keys; ``buckets`` [M, N]."""
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         added = self.relative_logits(q, buckets)
         return (logits if added is None else logits + added).softmax(-1)

@@ -1,11 +1,27 @@
-"""One block of the Vision Transformer, on ordinary sequences or on packed ones."""
+"""One block of the Vision Transformer, on ordinary sequences or on packed ones, checkpointed or not."""
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.backbones.attention import Attention, Buckets, Shapes
 
 GELUS = {"erf": "none", "tanh": "tanh"}
+CHECKPOINTINGS = ("none", "full", "selective")
+
+_ATEN = torch.ops.aten
+_KEPT = {  # what is most expensive to recompute: matrix products and attention kernels
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
 
 
 class Mlp(nn.Module):
@@ -35,8 +51,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: training drops a sample's residual branch with probability ``rate`` and scales up the
-    others."""
+    """Stochastic depth: training drops a sample's branch with probability ``rate``, scales up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -89,3 +104,27 @@ class Block(nn.Module):
         drop1, drop2 = (self.drop_path, self.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
         x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes, buckets)))
         return x + drop2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_block(
+    block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, buckets: Buckets = None
+) -> Tensor:
+    """A block on packed rows [T, D]; checkpointed: less memory, the same numbers.
+
+    Args:
+        paths, buckets: see :class:`Block`; the caller draws the paths, so nothing is drawn twice.
+        rule: ``none`` | ``full``: the backward pass recomputes the whole block | ``selective``: all but
+            matrix products and attention.
+    """
+    assert rule in CHECKPOINTINGS, rule
+    if rule == "none" or not torch.is_grad_enabled():
+        return block(x, shapes, paths, buckets)  # type: ignore[no-any-return]
+    context: dict[str, Any] = {}
+    if rule == "selective":
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    context |= {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(block, x, shapes, paths, buckets, **context)  # type: ignore[no-any-return]

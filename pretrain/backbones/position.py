@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.precision import at_least_float32
 from pretrain.views.resample import keys
 
 FIELD_INTERPOLATIONS = ("bicubic", "bilinear")
@@ -31,31 +32,26 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     """
     assert interpolation in FIELD_INTERPOLATIONS, interpolation
     at = (points.clamp(0, 1) * (n_samples - 1)).unsqueeze(-1)  # [..., L, 1] in samples
-    # Two virtual samples beyond each end take the kernel's tails; their weights are then added to the border
-    # sample.
+    # Two virtual samples beyond each end take the kernel's tails; their weights go to the border sample.
     samples = torch.arange(-2, n_samples + 2, device=points.device, dtype=points.dtype)
     distance = at - samples
     # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields,
-    # exactly.
-    # [..., L, n_samples + 4]
+    # exactly. [..., L, n_samples + 4]
     weights = keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)
     first, last = weights[..., :2].sum(-1, keepdim=True), weights[..., -2:].sum(-1, keepdim=True)
     return weights[..., 2:-2] + F.pad(first, (0, n_samples - 1)) + F.pad(last, (n_samples - 1, 0))
 
 
 def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
-    """Centers of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image
-    units.
+    """Centers of ``n_patches`` patches from ``low`` to ``high`` [V] on an axis: [V, n_patches], image units.
 
     Where ``mirrored`` [V] is true, the order is reversed: patch j of a flipped view sits where patch n - 1 -
     j was.
     """
     steps = (torch.arange(n_patches, device=low.device, dtype=low.dtype) + 0.5) / n_patches  # [n]
-    if mirrored is None:
-        fractions = steps.expand(len(low), -1)
-    else:
-        fractions = torch.where(mirrored.unsqueeze(-1), steps.flip(0), steps)  # [V, n]
-    return low.unsqueeze(-1) + fractions * (high - low).unsqueeze(-1)
+    if mirrored is not None:
+        steps = torch.where(mirrored.unsqueeze(-1), steps.flip(0), steps)  # [V, n]
+    return low.unsqueeze(-1) + steps * (high - low).unsqueeze(-1)
 
 
 def sample_field(
@@ -108,15 +104,13 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
         [1, h * w, D].
     """
     assert interpolation in GRID_INTERPOLATIONS, interpolation
-    g_h, g_w = grid_embed.shape[1:3]
+    full, (g_h, g_w) = at_least_float32(grid_embed), grid_embed.shape[1:3]
     if (g_h, g_w) == tuple(grid):
         return grid_embed.flatten(1, 2)
     # Resampling is linear: resample the G_h * G_w unit grids once, without gradient. The rest is a matrix
     # product, whose backward pass is deterministic everywhere; that of bicubic interpolation is not on CUDA.
     with torch.no_grad(), torch.autocast(device_type=grid_embed.device.type, enabled=False):
-        units = torch.eye(g_h * g_w, device=grid_embed.device, dtype=_full(grid_embed).dtype).view(
-            1, -1, g_h, g_w
-        )
+        units = torch.eye(g_h * g_w, device=full.device, dtype=full.dtype).view(1, -1, g_h, g_w)
         if interpolation == "dinov2":
             scale = tuple((n + 0.1) / g for n, g in zip(grid, (g_h, g_w)))
             maps = F.interpolate(units, scale_factor=scale, mode="bicubic")
@@ -126,20 +120,16 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
             maps = F.interpolate(units, size=grid, mode=mode, antialias=bool(antialias))
         weights = maps.flatten(2)[0]  # [G_h * G_w, h * w]
     with torch.autocast(device_type=grid_embed.device.type, enabled=False):
-        return (weights.T @ _full(grid_embed).flatten(1, 2)).to(grid_embed.dtype)
+        return (weights.T @ full.flatten(1, 2)).to(grid_embed.dtype)
 
 
 def sincos_table(side: int, width: int) -> Tensor:
-    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: half for the column,
-    half for the row."""
+    """MAE's fixed positions, [side^2, width], float64: half of the width for the column, half for the row."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    # [side, side, width / 2]
-    columns, rows = (axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1))
+    columns, rows = (
+        axis.expand(side, -1, -1),
+        axis.unsqueeze(1).expand(-1, side, -1),
+    )  # [side, side, width / 2]
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

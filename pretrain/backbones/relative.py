@@ -1,5 +1,5 @@
-"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222), method "product",
-heads shared, ratio 1.9.
+"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222): method
+"product", heads shared, ratio 1.9.
 
 Distances along rows and along columns are each one of 7: 0, 1 patch, 2 or 3, farther, with signs (paper eq.
 18). A pair of patches thus falls into one of 7 * 7 buckets; a pair with a special token falls into one more.
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.precision import at_least_float32
+
 RATIO = 1.9
 ALPHA, BETA, GAMMA = RATIO, 2 * RATIO, 8 * RATIO
 REACH = int(BETA)  # of the buckets along one side: -3 ... 3
@@ -29,13 +31,10 @@ N_BUCKETS = SPECIAL + 1
 
 
 def piecewise_index(distance: Tensor) -> Tensor:
-    """Signed distances in patches to -3 ... 3, long: unchanged up to ``ALPHA``, logarithmic beyond (paper eq.
-    18)."""
+    """Signed distances in patches to -3 ... 3, long: up to ``ALPHA`` as they are, then their log (eq. 18)."""
     size = distance.abs().float()
-    far = (
-        (ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)).round().clamp(max=REACH)
-    )
-    return distance.sign() * torch.where(size <= ALPHA, size, far).long()
+    far = ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)
+    return distance.sign() * torch.where(size <= ALPHA, size, far.round().clamp(max=REACH)).long()
 
 
 def relative_buckets(grid: tuple[int, int], n_special: int, device: torch.device | None = None) -> Tensor:
@@ -52,8 +51,7 @@ def relative_buckets(grid: tuple[int, int], n_special: int, device: torch.device
 
 
 class RelativePositions(nn.Module):
-    """What relative positions add to the logits (key ``lookup_table_weight`` [1, d, 50]); initially zero, as
-    in iRPE."""
+    """What relative positions add to the logits (key ``lookup_table_weight`` [1, d, 50], at first zero)."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -62,7 +60,5 @@ class RelativePositions(nn.Module):
     def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
         """Query [B, heads, M, d], as projected, and buckets [M, N] -> [B, heads, M, N]."""
         products = q @ self.lookup_table_weight  # [B, heads, M, 50]
-        # The gradient of a product sums over many keys in the precision of the gather: on CUDA bfloat16 would
-        # lose it.
-        wide = products.to(torch.promote_types(products.dtype, torch.float32))
-        return wide.gather(-1, buckets.expand(*q.shape[:2], -1, -1)).to(q.dtype)
+        # The gradient of a product sums over many keys in the gather's precision: bfloat16 would lose it.
+        return at_least_float32(products).gather(-1, buckets.expand(*q.shape[:2], -1, -1)).to(q.dtype)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.backbones.attention import Shapes, choose_attention
-from pretrain.backbones.block import GELUS, Block
-from pretrain.backbones.checkpointing import run_block
+from pretrain.backbones.block import GELUS, Block, run_block
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS, resample_grid, sample_field
 from pretrain.backbones.relative import relative_buckets
 from pretrain.registry import BACKBONES
@@ -52,8 +51,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D, ceil(H / p), ceil(W / p)]; bottom and right are padded with zeros to whole
-        patches."""
+        """[B, 3, H, W] -> [B, D, ceil(H / p), ceil(W / p)]; bottom and right are padded to whole patches."""
         pad_h, pad_w = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
@@ -70,26 +68,16 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
         raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
     if encoding == "none":
         if grid or interpolation not in (None, "none"):
-            raise ValueError(
-                f"pos_grid and pos_interpolation: pos_encoding 'none' has neither, not {grid} and {interpolation!r}"
-            )
+            given = f"pos_encoding 'none' has neither, not {grid} and {interpolation!r}"
+            raise ValueError(f"pos_grid and pos_interpolation: {given}")
         return 0, "none"
     is_field = encoding == "field"
     interpolation = interpolation or ("bicubic" if is_field else "dinov2")
     allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
     if interpolation not in allowed:
-        raise ValueError(
-            f"pos_interpolation: {interpolation!r} is none of {allowed} for pos_encoding {encoding!r}"
-        )
+        wanted = f"none of {allowed} for pos_encoding {encoding!r}"
+        raise ValueError(f"pos_interpolation: {interpolation!r} is {wanted}")
     return grid or (50 if is_field else 14), interpolation
-
-
-def check_sizes(embed_dim: int, num_heads: int, gelu: str) -> None:
-    """Raises ValueError for an unknown GELU, and for heads that do not divide the width."""
-    if gelu not in GELUS:
-        raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
-    if embed_dim % num_heads:
-        raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
 
 
 class ViT(nn.Module):
@@ -98,8 +86,7 @@ class ViT(nn.Module):
     Args:
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
         patch_size: side of a patch in pixels.
-        n_registers: learned register tokens between [CLS] and the patches; they carry no position
-            (DINOv2-reg).
+        n_registers: learned tokens without a position between [CLS] and the patches (DINOv2-reg).
         layerscale: initial value of LayerScale, none for no LayerScale.
         drop_path: stochastic depth of the last block; linear from 0 over the blocks.
         pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes) or
@@ -143,41 +130,34 @@ class ViT(nn.Module):
         relative_positions: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(embed_dim, num_heads, gelu)
+        if gelu not in GELUS:
+            raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
         self.embed_dim, self.patch_size = embed_dim, patch_size
         self.n_registers, self.has_cls = n_registers, has_cls
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
         # Everything that a file must say so that the same network can be built again.
-        self.model_kwargs: dict[str, Any] = dict(
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=float(mlp_ratio),
-            patch_size=patch_size,
-            n_registers=n_registers,
-            layerscale=layerscale,
-            pos_encoding=pos_encoding,
-            pos_grid=pos_grid,
-            pos_interpolation=pos_interpolation,
-            mask_tokens=mask_tokens,
-            ln_eps=ln_eps,
-            gelu=gelu,
-            has_cls=has_cls,
-            final_norm=final_norm,
-            relative_positions=relative_positions,
+        sizes = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=float(mlp_ratio))
+        tokens = dict(patch_size=patch_size, n_registers=n_registers, layerscale=layerscale)
+        places = dict(pos_encoding=pos_encoding, pos_grid=pos_grid, pos_interpolation=pos_interpolation)
+        kinds = dict(
+            mask_tokens=mask_tokens, ln_eps=ln_eps, gelu=gelu, has_cls=has_cls, final_norm=final_norm
         )
+        self.model_kwargs: dict[str, Any] = {**sizes, **tokens, **places, **kinds}
+        self.model_kwargs["relative_positions"] = relative_positions
         self.drop_path = drop_path
-        self.checkpointing = "none"  # of packed passes, see :mod:`pretrain.backbones.checkpointing`
+        self.checkpointing = "none"  # of packed passes, see :func:`pretrain.backbones.block.run_block`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
         backend = choose_attention(attention, relative_positions)
         rates = torch.linspace(0, drop_path, depth).tolist()
-        sizes, rest = (
+        widths, rest = (
             (embed_dim, num_heads, mlp_ratio, layerscale),
             (ln_eps, gelu, backend, relative_positions),
         )
-        self.blocks = nn.ModuleList(Block(*sizes, rate, *rest) for rate in rates)
+        self.blocks = nn.ModuleList(Block(*widths, rate, *rest) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
         self._init_weights()
 
@@ -199,20 +179,17 @@ class ViT(nn.Module):
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
     def _init_weights(self) -> None:
-        """DINOv2's initialization; the position mask token as the content's would be with std 0.02 (METHOD.md
-        4)."""
+        """DINOv2's initialization (METHOD.md 4); mask_token stays zero, as DINOv2's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for name, std in (("cls_token", 1e-6), ("reg_token", 1e-6)):
+        for name in ("cls_token", "reg_token"):
             if hasattr(self, name):
-                nn.init.normal_(getattr(self, name), std=std)
-        for name in ("pos_field", "cls_pos", "pos_embed"):
+                nn.init.normal_(getattr(self, name), std=1e-6)
+        for name in ("pos_field", "cls_pos", "pos_embed", "pos_mask_token"):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
-        if self.model_kwargs["mask_tokens"]:
-            nn.init.trunc_normal_(self.pos_mask_token, std=0.02)  # mask_token starts at zero, as DINOv2's
 
     @property
     def n_prefix(self) -> int:
@@ -236,36 +213,32 @@ class ViT(nn.Module):
         """Position embeddings of the patches of a grid (h, w).
 
         Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4]
-        (image units) and
-        ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding knows no crops and ignores them
+        (image units) and ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding ignores them
         (DINOv2's way).
         """
         if self.pos_encoding == "none":
-            weight = self.patch_embed.proj.weight
-            return weight.new_zeros(1, grid[0] * grid[1], self.embed_dim)
+            return self.patch_embed.proj.weight.new_zeros(1, grid[0] * grid[1], self.embed_dim)
         if self.pos_encoding == "standard":
-            side = self.pos_grid
-            learned = self.pos_embed[:, self.has_cls :].unflatten(1, (side, side))  # [1, G, G, D]
+            learned = self.pos_embed[:, self.has_cls :].unflatten(1, (self.pos_grid, -1))  # [1, G, G, D]
             return resample_grid(learned, grid, self.pos_interpolation)
         if boxes is None:  # the whole image
             boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.pos_field.device)
         return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
 
     def buckets(self, grid: tuple[int, int]) -> Tensor | None:
-        """What the blocks must be told of a grid (h, w) of patches: ``block(tokens,
-        buckets=vit.buckets(grid))``.
+        """What blocks must be told of a grid (h, w): ``block(tokens, buckets=vit.buckets(grid))``.
 
         Returns:
             [S + N, S + N] long, the relative position of each query and key, special tokens first; none where
-            there are no relative positions, and nothing needs to be told.
+            there are no relative positions.
         """
         if not self.model_kwargs["relative_positions"]:
             return None
         return relative_buckets(grid, self.n_prefix, self.patch_embed.proj.weight.device)
 
     def preprocess(self, image: Any, size_px: int | None = None) -> Tensor:
-        """An image as this backbone takes it, on its device: [1, 3, H, W], RGB with ImageNet's mean and deviation
-        (the weights of other statistics are folded into the patch projection when they are read).
+        """An image as this backbone takes it, on its device: [1, 3, H, W], RGB, ImageNet's mean and deviation
+        (other statistics are folded into the patch projection when weights are read).
 
         Args:
             image: a path, a PIL image, or a uint8 array [H, W, 3] or [H, W].
@@ -303,21 +276,18 @@ class ViT(nn.Module):
             [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``:
             [B, S + n, D].
         """
-        assert visible is None or not self.model_kwargs["relative_positions"], (
-            "relative positions belong to whole grids"
-        )
+        is_whole = visible is None or not self.model_kwargs["relative_positions"]
+        assert is_whole, "relative positions belong to whole grids"
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
-        # Under autocast content is bfloat16; positions, ten times smaller at first, stay float32, and so does
-        # the sum.
+        # Under autocast content is bfloat16; positions, ten times smaller at first, and the sum stay float32.
         position = self.positions(grid, boxes, flips)  # [B or 1, N, D]
         if content_mask is not None:
             content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
         if position_mask is not None:
-            position = torch.where(
-                position_mask.unsqueeze(-1), self.pos_mask_token.to(position.dtype), position
-            )
+            masked = self.pos_mask_token.to(position.dtype)
+            position = torch.where(position_mask.unsqueeze(-1), masked, position)
         prefix = [self.cls_input().expand(len(x), -1, -1)] if self.has_cls else []
         if self.n_registers:
             prefix.append(self.reg_token.expand(len(x), -1, -1))
@@ -343,8 +313,7 @@ class ViT(nn.Module):
         return self.split(self.norm(tokens))
 
     def forward_views(self, groups: Sequence[ViewGroup]) -> list[Tokens]:
-        """Views of several sizes in one pass: the rows of all are packed, only attention knows which belong
-        together.
+        """Views of several sizes in one pass: their rows are packed, only attention knows the sequences.
 
         Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one
         group after the other.
@@ -360,17 +329,15 @@ class ViT(nn.Module):
         return [self.split(rows.unflatten(0, shape)) for rows, shape in zip(packed, shapes)]
 
     def draw_paths(self, shapes: Shapes, device: torch.device) -> Tensor | None:
-        """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where
-        nothing is dropped."""
+        """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none: no drop."""
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
         # filled there: no copy to wait for
         keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(-1, 1, 1)
         factors = [(torch.rand(depth, 2, b, device=device) < keep) / keep for b, _ in shapes]
-        return torch.cat(
-            [f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2
-        ).unsqueeze(-1)
+        rows = [f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)]
+        return torch.cat(rows, 2).unsqueeze(-1)
 
     def split(self, tokens: Tensor) -> Tokens:
         """[B, S + N, D] -> [CLS], registers, patches."""

@@ -20,18 +20,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from pretrain.benchmark.turns import Work
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, build_dataset, keep_memory
 from pretrain.data.toy import photographs
+from pretrain.device import choose_device
 from pretrain.views.pixels import MEAN, STD
 
 SIZE_PX = (500, 375)
 QUALITY = 90
 
 
-def measure(
-    rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8
-) -> dict[str, Any]:
+def measure(rounds: int = 5, batch: int = 8, device: str = "cpu", images_a_turn: int = 24) -> dict[str, Any]:
     """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their
     ratios.
 
@@ -39,41 +39,32 @@ def measure(
 
     Args:
         rounds: turns of each contender; figures are medians over them.
+        batch: images of a batch of the device path's crops, for its own rate; 64 is usual on a GPU.
+        device: where these are made.
         images_a_turn: images that a turn makes.
-        device: where the device path's crops are made, for its own rate.
-        render_batch: images of a batch there; 64 is usual on a GPU.
 
     Returns:
         ``*_img_per_s`` for ``decode``, ``torchvision``, ``cpu`` (samples of the CPU path), ``device_worker``
-        (a worker's part of
-        the device path: decoding, draws, collation) and ``device_render`` (its crops, batched on ``device``;
-            by the clock);
+        (a worker's part of the device path: decoding, draws, collation) and ``device_render`` (its crops,
+        batched on ``device``; by the clock);
         ``cpu_ratio``: CPU path over torchvision; ``device_worker_ratio``: time of a worker over that of
         decoding.
     """
+    where = choose_device(device)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     keep_memory()  # as in a worker
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
-        contenders = build_contenders(folder, images_a_turn)
-        seconds = take_turns(contenders, rounds, images_a_turn)
-        rendered = render_rate(folder, torch.device(device), render_batch, rounds)
-    rates = {name: 1 / median(times) for name, times in seconds.items()}
-    ratio = {
-        (a, b): median(x / y for x, y in zip(seconds[a], seconds[b]))
-        for a, b in (("torchvision", "cpu"), ("device_worker", "decode"))
-    }
-    return {
-        **{f"{name}_img_per_s": round(rate, 1) for name, rate in rates.items()},
-        "device_render_img_per_s": round(rendered, 1),
-        "device_render_on": str(device),
-        "cpu_ratio": round(ratio["torchvision", "cpu"], 3),
-        "device_worker_ratio": round(ratio["device_worker", "decode"], 3),
-        "images": f"{SIZE_PX[0]} x {SIZE_PX[1]} JPEG, quality {QUALITY}",
-        "rounds": rounds,
-        "images_a_turn": images_a_turn,
-    }
+        seconds = take_turns(build_contenders(folder, images_a_turn), rounds, images_a_turn)
+        rendered = render_rate(folder, where, batch, rounds)
+    rates = {name: 1 / median(times) for name, times in seconds.items()} | {"device_render": rendered}
+    found: dict[str, Any] = {f"{name}_img_per_s": round(rate, 1) for name, rate in rates.items()}
+    pairs = {"cpu_ratio": ("torchvision", "cpu"), "device_worker_ratio": ("device_worker", "decode")}
+    for name, (a, b) in pairs.items():
+        found[name] = round(median(x / y for x, y in zip(seconds[a], seconds[b])), 3)
+    found |= {"device_render_on": str(where), "rounds": rounds, "images_a_turn": images_a_turn}
+    return found | {"images": f"{SIZE_PX[0]} x {SIZE_PX[1]} JPEG, quality {QUALITY}"}
 
 
 def write_photographs(folder: Path) -> None:
@@ -88,15 +79,17 @@ def write_photographs(folder: Path) -> None:
         cv2.imwrite(str(folder / f"{name}.jpg"), scaled[:height, :width], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
 
-def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
+def config_of(folder: str, path: str, batch_size: int) -> Any:
+    """The default recipe on the files of a folder, through one of the data paths."""
+    words = [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={batch_size}"]
+    return load_config(None, words)
+
+
+def build_contenders(folder: str, n: int) -> dict[str, Work]:
     """One turn of each contender: the same ``n`` images; torchvision draws anew each time."""
-    configs = {
-        path: load_config(None, [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={n}"])
-        for path in ("cpu", "device")
-    }
-    cpu, device = (build_dataset(configs[path]) for path in ("cpu", "device"))
-    collate = Collate(device.rules, n, 0)
-    composition = torchvision_views(configs["cpu"])
+    configs = [config_of(folder, path, n) for path in ("cpu", "device")]
+    cpu, device = map(build_dataset, configs)
+    collate, composition = Collate(device.rules, n, 0), torchvision_views(configs[0])
     files = sorted(Path(folder).iterdir())
     chosen = [files[cpu.order.image(i)] for i in range(n)]
 
@@ -106,10 +99,10 @@ def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
         return [view(pixels) for view in composition]
 
     return {
-        "decode": lambda: [cpu.read(i) for i in range(n)] and None,
-        "torchvision": lambda: [usual(path) for path in chosen] and None,
-        "cpu": lambda: [cpu[i] for i in range(n)] and None,
-        "device_worker": lambda: collate([device[i] for i in range(n)]) and None,
+        "decode": lambda: [cpu.read(i) for i in range(n)],
+        "torchvision": lambda: [usual(path) for path in chosen],
+        "cpu": lambda: [cpu[i] for i in range(n)],
+        "device_worker": lambda: collate([device[i] for i in range(n)]),
     }
 
 
@@ -136,23 +129,21 @@ def torchvision_views(config: Any) -> list[Callable[[Image.Image], Tensor]]:
     return of_globals + [view(crops.local_px, crops.local_scale, 2)] * crops.n_local
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, n: int) -> dict[str, list[float]]:
+def take_turns(contenders: dict[str, Work], rounds: int, n: int) -> dict[str, list[float]]:
     """Processor seconds an image, for each contender and round; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, turn in contenders.items():
             started = time.process_time()
             turn()
-            if number:
-                seconds[name].append((time.process_time() - started) / n)
-    return seconds
+            seconds[name].append((time.process_time() - started) / n)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def render_rate(folder: str, device: torch.device, batch_size: int, rounds: int) -> float:
     """Images a second of the device path's crops on ``device``, with the copy to it, by the clock; median
     over the rounds."""
-    config = load_config(None, [f"data.root={folder}", "data.path=device", f"optim.batch_size={batch_size}"])
-    dataset = build_dataset(config)
+    dataset = build_dataset(config_of(folder, "device", batch_size))
     batch, _ = Collate(dataset.rules, batch_size, 0)([dataset[i] for i in range(batch_size)])
     if device.type == "cuda":
         batch = batch.pin_memory()

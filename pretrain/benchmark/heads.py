@@ -7,38 +7,30 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import SIZES
-from pretrain.benchmark.turns import Work, in_turns, ratio
+from pretrain.benchmark.turns import Work, in_turns, report
 from pretrain.config import load_config
 from pretrain.device import choose_device
 from pretrain.heads import HeadOutput, ProjectionHead
 from pretrain.losses import image_loss, patch_loss
 
 
-def measure(
-    backbone: str, n_images: int, device: str = "auto", precision: str = "float32", rounds: int = 1
-) -> dict[str, Any]:
-    """Peak MiB (weights, gradients, everything) of all heads and losses of a step, forward and backward, and
-    their ratio.
+def measure(backbone: str, batch: int, device: str = "auto", precision: str = "float32") -> dict[str, Any]:
+    """Memory (weights, gradients, everything) of all heads and losses of a step, forward and backward.
 
     Args:
         backbone: registry name; gives the tokens' width.
-        n_images: of a step; 64 images have 640 [CLS] rows and about 7,500 masked patches.
+        batch: images of a step; 64 have 640 [CLS] rows and about 7,500 masked patches.
         device: where; see :func:`pretrain.benchmark.turns.in_turns`.
         precision: of the chunked form: ``float32`` | ``bf16``; the plain form is float32 always.
-        rounds: counted turns of each form.
 
     Returns:
         ``memory_ratio`` and ``time_ratio`` (chunked over plain), with the raw figures.
     """
     where = str(choose_device(device))
     forms = {"chunked": (load_config().step.loss_rows, precision), "plain": (0, "float32")}
-    found = in_turns(
-        {name: (form, (backbone, n_images, where, *how)) for name, how in forms.items()}, where, rounds
-    )
-    ratios = {f"{key}_ratio": value for key, value in ratio(found["chunked"], found["plain"]).items()}
-    raw = {f"{name}_{key}": value for name, own in found.items() for key, value in own.shown().items()}
-    asked = {"backbone": backbone, "n_images": n_images, "device": where, "precision": precision}
-    return {**ratios, **raw, **asked}
+    tasks = {name: (form, (backbone, batch, where, *how)) for name, how in forms.items()}
+    found = report(in_turns(tasks, where, rounds=1), {"{}_ratio": ("chunked", "plain")})
+    return found | {"backbone": backbone, "n_images": batch, "device": where, "precision": precision}
 
 
 def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str) -> Work:
@@ -68,8 +60,8 @@ Heads = list[ProjectionHead]
 
 def total_loss(student: Heads, teacher: Heads, tokens: list[Tensor], n_rows: int, n_global: int) -> Tensor:
     """The image loss and both patch losses; the teacher reads the same tokens."""
-    temperatures, k = (0.1, 0.04), student[0].last_layer.out_features
-    center = torch.zeros(1, k, device=tokens[0].device)
+    temperatures = (0.1, 0.04)
+    center = torch.zeros(1, student[0].last_layer.out_features, device=tokens[0].device)
     losses = []
     for i, (ours, theirs, x) in enumerate(zip(student, teacher, tokens)):
         with torch.no_grad():

@@ -3,47 +3,37 @@ same engine."""
 
 import tempfile
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from pretrain.benchmark.step import resident, settle, synthetic_batch, unfrozen_length
-from pretrain.benchmark.turns import Work, in_turns, ratio
+from pretrain.benchmark.step import STEPS_A_TURN, training_steps
+from pretrain.benchmark.turns import in_turns, report
 from pretrain.config import load_config, recipe_info
 from pretrain.device import choose_device
 from pretrain.methods.backbones import new_backbone
 from pretrain.settings import fields
-from pretrain.trainer import Trainer
 from pretrain.weights import save_backbone
 
 BASELINE_PX = 224  # DINOv2's global crops, whatever the patch size
-STEPS_A_TURN = {"cuda": 10}  # a queue of steps, as in training: launching hides behind computing; elsewhere 1
 RECIPES = {"dinov2": "dinov2-100ep", "paka": "paka-25ep", "gram": "gram-25ep"}
 
 
 def words_of(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[str]]:
     """``key=value`` of each contender over its recipe; the weights of a post-training are left out."""
-    common = [
-        f"backbone.name={backbone}",
-        f"backbone.patch_size={patch_size}",
-        f"optim.batch_size={batch_size}",
-    ]
+    common = [f"backbone.name={backbone}", f"backbone.patch_size={patch_size}"]
+    common.append(f"optim.batch_size={batch_size}")
     found = {name: list(common) for name in RECIPES}
     # The baseline's local crops are those of the post-training for this patch size, in whole patches.
     paka = load_config(RECIPES["paka"], [*common, "backbone.weights=FILE"])
-    found["dinov2"] += [
-        f"crops.local_px={paka.crops.local_px}",
-        f"positions.grid={BASELINE_PX // patch_size}",
-    ]
+    own = {"crops.local_px": paka.crops.local_px, "positions.grid": BASELINE_PX // patch_size}
+    found["dinov2"] += [f"{key}={value}" for key, value in own.items()]
     return found
 
 
 def measure(
     backbone: str,
-    batch_size: int,
+    batch: int,
     rounds: int,
     device: str = "auto",
     patch_size: int = 16,
@@ -58,7 +48,7 @@ def measure(
 
     Args:
         backbone: registry name; all have its network with random weights.
-        batch_size: images a step.
+        batch: images a step.
         rounds: counted turns of each.
         patch_size: 16 | 14.
         overrides: more ``key=value``, each for all that have its key.
@@ -72,63 +62,41 @@ def measure(
         UserError: no such backbone or device; settings that do not fit.
     """
     where = choose_device(device)
-    words = words_of(backbone, patch_size, batch_size)
+    words = words_of(backbone, patch_size, batch)
     for name, more in shared(overrides).items():
         words[name] += [*more, f"run.device={where.type}"]
-    n_steps = STEPS_A_TURN.get(where.type, 1)
     with tempfile.TemporaryDirectory() as folder:
         weights = write_start(Path(folder) / "backbone.safetensors", words["dinov2"])
         for name in ("paka", "gram"):
             words[name].append(f"backbone.weights={weights}")
-        tasks = {name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()}
-        found = in_turns(tasks, str(where), rounds)
-    seconds = {name: median(figures.seconds) / n_steps for name, figures in found.items()}
-    ratios = {
-        f"{prefix}{key}_ratio": value
-        for prefix, name in (("", "paka"), ("gram_", "gram"))
-        for key, value in ratio(found[name], found["dinov2"]).items()
-    }
-    return {
-        **ratios,
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "img_per_s": {name: round(batch_size / value, 2) for name, value in seconds.items()},
-        "peak_mib": {name: round(figures.peak_mib, 1) for name, figures in found.items()},
-        **full_run({name: seconds[name] for name in ("paka", "gram")}, batch_size),
-        "backbone": backbone,
-        "patch_size": patch_size,
-        "batch_size": batch_size,
-        "settings": list(overrides),
-        "device": str(where),
-        "threads": torch.get_num_threads(),
-    }
+        tasks = {name: (training_steps, (RECIPES[name], own)) for name, own in words.items()}
+        found = in_turns(tasks, str(where), rounds, steps=STEPS_A_TURN.get(where.type, 1))
+    seconds = {name: median(figures.seconds) for name, figures in found.items()}
+    ratios = {"{}_ratio": ("paka", "dinov2"), "gram_{}_ratio": ("gram", "dinov2")}
+    rates = {name: round(batch / value, 2) for name, value in seconds.items()}
+    whole = full_run({name: seconds[name] for name in ("paka", "gram")}, batch)
+    asked = {"backbone": backbone, "patch_size": patch_size, "batch_size": batch, "settings": list(overrides)}
+    return report(found, ratios) | {"img_per_s": rates, "device": str(where)} | whole | asked
 
 
 def shared(overrides: Sequence[str]) -> dict[str, list[str]]:
     """``key=value`` words by contender: whatever it has, and what none has, which is then refused."""
-    keys = {
-        name: {key for key, _, _ in fields(type(load_config(recipe, ["backbone.weights=FILE"])))}
-        for name, recipe in RECIPES.items()
-    }
-    known = set[str]().union(*keys.values())
-    return {
-        name: [word for word in overrides if word.split("=")[0] not in known - own]
-        for name, own in keys.items()
-    }
+    configs = {name: load_config(recipe, ["backbone.weights=FILE"]) for name, recipe in RECIPES.items()}
+    keys = {name: {key for key, _, _ in fields(type(config))} for name, config in configs.items()}
+    others = {name: set[str]().union(*keys.values()) - own for name, own in keys.items()}
+    return {name: [w for w in overrides if w.split("=")[0] not in others[name]] for name in RECIPES}
 
 
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
     """Hours of PaKA's whole recipe at the measured seconds a step, and how they come about."""
     recipe = load_config(RECIPES["paka"], ["backbone.weights=FILE"])
-    epochs, n_images = recipe.optim.epochs, recipe_info(recipe).n_images
+    epochs, n_images = recipe.optim.epochs, recipe_info(recipe.recipe).n_images
     n_steps = epochs * (n_images // batch_size)
     hours = {name: n_steps * value / 3600 for name, value in seconds.items()}
     steps = f"{epochs} epochs * floor({n_images} images / {batch_size} images a step) = {n_steps} steps"
     arithmetic = {name: f"{steps} * {value:.4g} s = {hours[name]:.4g} h" for name, value in seconds.items()}
     arithmetic["not counted"] = "reading and decoding images, probes, checkpoints"
-    return {
-        "hours_full_run": {name: round(value, 2) for name, value in hours.items()},
-        "arithmetic": arithmetic,
-    }
+    return {"hours_full_run": {name: round(h, 2) for name, h in hours.items()}, "arithmetic": arithmetic}
 
 
 def write_start(path: Path, words: Sequence[str]) -> Path:
@@ -136,18 +104,3 @@ def write_start(path: Path, words: Sequence[str]) -> Path:
     config = load_config(RECIPES["dinov2"], words)
     vit = new_backbone(config, 0.0, config.positions)
     return save_backbone(path, vit.state_dict(), name=config.backbone.name, model_kwargs=vit.model_kwargs)
-
-
-def training_steps(recipe: str, words: Sequence[str], n_steps: int) -> Work:
-    """Some training steps of a config, on batches of noise."""
-    config = load_config(recipe, words)
-    trainer = Trainer(config, unfrozen_length())
-    batches = [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
-    steps = count()
-
-    def work() -> None:
-        for _ in range(n_steps):
-            trainer.step([batches[next(steps) % len(batches)]])
-        settle(trainer.device)
-
-    return work

@@ -1,9 +1,9 @@
-"""How long a training step takes: the method against the DINOv2 baseline, by the same code, in turns in one
-process."""
+"""How long a training step takes: the method against the DINOv2 baseline, by the same code."""
 
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,93 +14,78 @@ import torch
 from pretrain import distributed
 from pretrain.backbones.vit import SIZES
 from pretrain.benchmark.data import write_photographs
+from pretrain.benchmark.turns import Work, in_turns, report, settle
 from pretrain.config import load_config
 from pretrain.data.loader import build_dataset, build_loader, draw
 from pretrain.data.sampler import MASKS
+from pretrain.device import choose_device
 from pretrain.precision import product_dtype
 from pretrain.train import by_iteration
-from pretrain.trainer import Length, Trainer
+from pretrain.trainer import Length, Trainer, choose_precision
 from pretrain.views import draw_masks
 from pretrain.views.batch import Batch
 
 SIZE_PX = (375.0, 500.0)  # of the image that synthetic views are drawn in
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, by the makers' data sheets
 WARM_UP = 4  # turns that do not count: memory is faulted in, caches fill, kernels are chosen
-
-
+STEPS_A_TURN = {"cuda": 10}  # a queue of steps, as in training: launching hides behind computing; elsewhere 1
 RECIPES = {"intertwined": "intertwined-100ep", "dinov2": "dinov2-100ep"}
 
 
-def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Seconds and memory of a step with synthetic pixels, method and baseline in turns.
+def measure(
+    backbone: str,
+    batch: int,
+    rounds: int,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    with_data: int | None = None,
+) -> dict[str, Any]:
+    """Seconds and peak memory of a step with synthetic pixels, method and baseline in turns, each in its own
+    process.
 
     Args:
         backbone: registry name.
-        batch_size: images a step.
+        batch: images a step.
         rounds: counted turns of each; figures are medians, the ratio is the median over the turns' ratios.
         overrides: more ``key=value``, for both.
+        with_data: decoding processes of :func:`measure_with_data`, which is measured too; None: it is not.
 
     Returns:
-        ``method_over_baseline``, and for each its seconds, images/s, model FLOPs an image
-        (:func:`flops_an_image`), MFU where the GPU is known, and on CUDA the peak memory (MiB) without what
-        the other one holds.
+        ``method_over_baseline``, ``memory_ratio``, and for each its seconds, images/s, model FLOPs an image
+        (:func:`flops_an_image`), and MFU where the GPU is known.
+
+    Raises:
+        UserError: no such backbone or device; settings that do not fit.
     """
-    runs = {}
-    for method, recipe in RECIPES.items():
-        config = load_config(
-            recipe, [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides]
-        )
-        trainer = Trainer(config, unfrozen_length())
-        runs[method] = trainer, [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
-    device = runs["dinov2"][0].device
-    # a queue of steps, as in training: launching hides behind computing
-    steps_a_turn = 10 if device.type == "cuda" else 1
-    seconds: dict[str, list[float]] = {method: [] for method in runs}
-    peaks: dict[str, list[float]] = {method: [] for method in runs}
-    for turn in range(WARM_UP + rounds):
-        for method, (trainer, batches) in runs.items():
-            settle(device)
-            held = start_peak(device)
-            started = time.perf_counter()
-            for step in range(steps_a_turn):
-                trainer.step([batches[(turn + step) % len(batches)]])
-            settle(device)
-            if turn >= WARM_UP:
-                seconds[method].append((time.perf_counter() - started) / steps_a_turn)
-                if device.type == "cuda":
-                    # networks, centers, moments
-                    own = sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20
-                    peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - (held - own))
-    with trainer.autocast:
-        precision = product_dtype(torch.zeros((), dtype=trainer.dtype, device=device))
-    ratios = [a / b for a, b in zip(seconds["intertwined"], seconds["dinov2"])]
-    return {
-        "method_over_baseline": round(median(ratios), 3),
-        "turns": [round(ratio, 3) for ratio in ratios],
-        "backbone": backbone,
-        "batch_size": batch_size,
-        "precision": str(precision).removeprefix("torch."),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        **{
-            method: figures_of(trainer, median(seconds[method]), device)
-            | ({"peak_memory_mib": round(median(peaks[method]), 1)} if peaks[method] else {})
-            for method, (trainer, _) in runs.items()
-        },
-    }
+    where = choose_device(device)
+    words = [f"backbone.name={backbone}", f"optim.batch_size={batch}", f"run.device={where.type}", *overrides]
+    configs = {name: load_config(recipe, words) for name, recipe in RECIPES.items()}
+    tasks = {name: (training_steps, (recipe, words)) for name, recipe in RECIPES.items()}
+    found = in_turns(tasks, str(where), rounds, WARM_UP, STEPS_A_TURN.get(where.type, 1))
+    told = report(found, {"{}_ratio": ("intertwined", "dinov2")})
+    told["turns"] = [round(a / b, 3) for a, b in zip(found["intertwined"].seconds, found["dinov2"].seconds)]
+    dtype, autocast = choose_precision(configs["dinov2"].run.precision, where)
+    with autocast:
+        precision = product_dtype(torch.zeros((), dtype=dtype, device=where))
+    seconds = {name: median(figures.seconds) for name, figures in found.items()}
+    figures = {name: figures_of(config, seconds[name], where) for name, config in configs.items()}
+    data = {} if with_data is None else {"with_data": measure_with_data(words, 4 * rounds, with_data)}
+    asked = {"backbone": backbone, "batch_size": batch, "device": str(where)}
+    asked["precision"] = str(precision).removeprefix("torch.")
+    return {"method_over_baseline": told.pop("time_ratio"), **told, **asked, **figures, **data}
+
+
+def training_steps(recipe: str, words: Sequence[str]) -> Work:
+    """A training step of a config, on batches of noise."""
+    config = load_config(recipe, words)
+    trainer = Trainer(config, unfrozen_length())
+    batches = cycle([resident(synthetic_batch(config, it), trainer.device) for it in range(4)])
+    return lambda: trainer.step([next(batches)])
 
 
 def resident(batch: Batch, device: torch.device) -> Batch:
     """Pin the batch if the device is a GPU, as the loader does."""
     return batch.pin_memory() if device.type == "cuda" else batch
-
-
-def start_peak(device: torch.device) -> float:
-    """Forget earlier peaks; MiB that are held now (0 but on CUDA)."""
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device) / 2**20
 
 
 def unfrozen_length() -> Length:
@@ -116,36 +101,24 @@ def synthetic_batch(config: Any, it: int) -> Batch:
     masks = rules.masks and draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it))
     generator = torch.Generator().manual_seed(it)
     crops = rules.crops
-    counts = (crops.global_px, crops.n_global), (crops.local_px, crops.n_local)
-    pixels = [
-        torch.randint(0, 256, (n * n_images, 3, px, px), dtype=torch.uint8, generator=generator)
-        for px, n in counts
-    ]
+    sizes = (crops.global_px, crops.n_global), (crops.local_px, crops.n_local)
+    shapes = [(n * n_images, 3, px, px) for px, n in sizes]
+    pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
     return Batch(pixels[0], pixels[1], views, masks)
 
 
-def settle(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def figures_of(trainer: Trainer, seconds: float, device: torch.device) -> dict[str, Any]:
+def figures_of(config: Any, seconds: float, device: torch.device) -> dict[str, Any]:
     """A step's time as people compare it."""
-    n_images, flops = trainer.config.optim.batch_size, flops_an_image(trainer.config)
-    found: dict[str, Any] = {
+    rate, flops = config.optim.batch_size / seconds, flops_an_image(config)
+    found = {
         "seconds": round(seconds, 4),
-        "img_per_s": round(n_images / seconds, 2),
+        "img_per_s": round(rate, 2),
         "gflops_an_image": round(flops / 1e9, 1),
-        "tflops_per_s": round(flops * n_images / seconds / 1e12, 3),
+        "tflops_per_s": round(flops * rate / 1e12, 3),
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for gpu, peak in PEAK_FLOPS.items():
-        if gpu in name:
-            found["mfu"] = round(flops * n_images / seconds / peak, 4)
-    return found
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    return found | ({"mfu": round(flops * rate / peak, 4)} if peak else {})
 
 
 def flops_an_image(config: Any) -> float:
@@ -179,27 +152,24 @@ def flops_an_image(config: Any) -> float:
     return teacher + 3 * student
 
 
-def measure_with_data(
-    backbone: str, batch_size: int, iterations: int, workers: int, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+def measure_with_data(words: Sequence[str], iterations: int, workers: int) -> dict[str, Any]:
     """Images/s of the method with real JPEG files through each data path, beside the same loop on synthetic
     pixels.
 
     Args:
-        workers: decoding processes.
+        words: ``key=value`` of the config.
         iterations: the number that counts, after :data:`WARM_UP` others.
+        workers: decoding processes.
     """
     found: dict[str, Any] = {"workers": workers}
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
+        of_all = [f"data.root={folder}", f"data.workers={workers}", "optim.epoch_iters=1000", *words]
         for path in ("synthetic", "cpu", "device"):
-            own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}"]
-            own += [f"data.root={folder}", f"data.workers={workers}"]
-            own += [] if path == "synthetic" else [f"data.path={path}"]
-            config = load_config(None, [*own, "optim.epoch_iters=1000", *overrides])
-            found[f"{path}_img_per_s"] = round(loop_rate(config, iterations, path == "synthetic"), 2)
-            ratio = found[f"{path}_img_per_s"] / found["synthetic_img_per_s"]
-            found[f"{path}_over_synthetic"] = round(ratio, 3)
+            own = [] if path == "synthetic" else [f"data.path={path}"]
+            rate = loop_rate(load_config(None, of_all + own), iterations, not own)
+            found[f"{path}_img_per_s"] = round(rate, 2)
+            found[f"{path}_over_synthetic"] = round(rate / found["synthetic_img_per_s"], 3)
     return found
 
 
@@ -212,9 +182,8 @@ def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
     last = first + max(iterations, 4 * config.data.workers)
     loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:
-        loader = build_loader(
-            config, build_dataset(config), 0, last, pin_memory=trainer.device.type == "cuda"
-        )
+        pinned = trainer.device.type == "cuda"
+        loader = build_loader(config, build_dataset(config), 0, last, pin_memory=pinned)
     started = 0.0
     for it, (micro_batches, _, _) in enumerate(by_iteration(loader, 1)):
         if it == first:

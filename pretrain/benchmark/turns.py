@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-Work = Callable[[], None]  # what is measured: one step
+Work = Callable[[], object]  # what is measured: one step
+Contender = tuple[Callable[..., Work], tuple[Any, ...]]  # a module's function and its arguments
 STATUS = Path("/proc/self/status")
 
 
@@ -28,27 +29,35 @@ class Figures(NamedTuple):
     seconds: list[float]  # of each counted turn
     peak_mib: float  # above what the process held after its imports: model, gradients, everything
 
-    def shown(self) -> dict[str, float]:
-        """Rounded median and peak."""
-        return {"seconds": round(median(self.seconds), 3), "peak_mib": round(self.peak_mib, 1)}
 
+def report(found: Mapping[str, Figures], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """What a result says of contenders: ratios, and the ``seconds`` (medians) and ``peak_mib`` of each.
 
-def ratio(ours: Figures, theirs: Figures) -> dict[str, float]:
-    """Time (median of the turns' ratios) and memory, ours over theirs."""
-    times = [a / b for a, b in zip(ours.seconds, theirs.seconds)]
-    return {"time": round(median(times), 3), "memory": round(ours.peak_mib / theirs.peak_mib, 3)}
+    Args:
+        ratios: name with ``{}`` for ``time`` (median of the turns' ratios) and ``memory``; the contender above
+            and the one below.
+    """
+    told: dict[str, Any] = {}
+    for name, (a, b) in ratios.items():
+        times = [x / y for x, y in zip(found[a].seconds, found[b].seconds)]
+        told[name.format("time")] = round(median(times), 3)
+        told[name.format("memory")] = round(found[a].peak_mib / found[b].peak_mib, 3)
+    told["seconds"] = {name: round(median(figures.seconds), 4) for name, figures in found.items()}
+    told["peak_mib"] = {name: round(figures.peak_mib, 1) for name, figures in found.items()}
+    return told | {"threads": torch.get_num_threads()}
 
 
 def in_turns(
-    contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]]], device: str, rounds: int
+    contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 1, steps: int = 1
 ) -> dict[str, Figures]:
     """Measure all contenders.
 
     Args:
-        contenders: name -> a module's function and its arguments; it makes the work in the contender's
-            process. The module's imports do not count as memory.
+        contenders: by name; the function makes the work in the contender's process. Its module's imports do
+            not count as memory.
         device: of torch; on CUDA memory is what torch reports.
-        rounds: turns of each that count, after one that does not.
+        rounds: turns of each that count, after ``warm_up`` that do not.
+        steps: of the work in a turn; seconds are those of one.
 
     Raises:
         UserError: from a contender.
@@ -56,18 +65,15 @@ def in_turns(
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in contenders}
-        starts = [
-            processes[name].submit(_start, *contender, device) for name, contender in contenders.items()
-        ]
-        for start in starts:
+        for start in [processes[name].submit(_start, *how, device) for name, how in contenders.items()]:
             start.result()
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        peaks: dict[str, float] = {}
-        for turn in range(rounds + 1):
-            for name, process in processes.items():
-                taken, peaks[name] = process.submit(_turn).result()
-                seconds[name] += [taken] if turn else []
-    return {name: Figures(seconds[name], peaks[name]) for name in contenders}
+        turns = [
+            {name: process.submit(_turn, steps).result() for name, process in processes.items()}
+            for _ in range(warm_up + rounds)
+        ]
+    return {
+        name: Figures([turn[name][0] for turn in turns[warm_up:]], turns[-1][name][1]) for name in contenders
+    }
 
 
 _PROCESS: dict[str, Any] = {}  # of this one, between turns
@@ -75,34 +81,35 @@ _PROCESS: dict[str, Any] = {}  # of this one, between turns
 
 def _start(make: Callable[..., Work], arguments: tuple[Any, ...], device: str) -> None:
     where = torch.device(device)
-    _PROCESS.update(where=where, held=held_mib(where), work=make(*arguments))
+    _PROCESS.update(where=where, held=_used_mib(where), work=make(*arguments))
 
 
-def _turn() -> tuple[float, float]:
-    """Seconds of this turn, and the peak so far in MiB."""
+def _turn(steps: int) -> tuple[float, float]:
+    """Seconds of a step, and the peak so far in MiB."""
     where: torch.device = _PROCESS["where"]
+    settle(where)
     started = time.perf_counter()
-    _PROCESS["work"]()
-    if where.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, peak_mib(where) - _PROCESS["held"]
+    for _ in range(steps):
+        _PROCESS["work"]()
+    settle(where)
+    return (time.perf_counter() - started) / steps, _used_mib(where, peak=True) - _PROCESS["held"]
 
 
-def held_mib(device: torch.device) -> float:
-    """MiB in use now: by torch on CUDA, by this process elsewhere."""
-    return torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmRSS")
+def settle(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def peak_mib(device: torch.device) -> float:
-    """Peak MiB in use."""
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmHWM")
-
-
-def _of_process(key: str) -> float:
-    """MiB from Linux's status file: ``getrusage`` there also counts what the parent held when this process
-    started."""
+def _used_mib(device: torch.device, peak: bool = False) -> float:
+    """In use now or at most: by torch on CUDA, elsewhere by this process, from Linux's status file:
+    ``getrusage`` there also counts what the parent held when this process started."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     if STATUS.exists():
-        found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
-        assert found, key
+        found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", STATUS.read_text())
+        assert found
         return int(found[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

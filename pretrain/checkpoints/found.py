@@ -51,9 +51,8 @@ def open_checkpoint(path: Path) -> Found:
         UserError: names the file that is missing, damaged or not part of a checkpoint.
     """
     if not path.is_dir():
-        raise UserError(
-            f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read"
-        )
+        told = f"{path} is no directory with a {MANIFEST}"
+        raise UserError(f"checkpoint: {told}; files of other kinds are not read")
     records = verify(path)
     meta = read_mapping(path / META, "checkpoint")
     iteration, layout = meta.get("iteration"), meta.get("layout")
@@ -63,8 +62,7 @@ def open_checkpoint(path: Path) -> Found:
 
 
 def newest(folder: Path) -> tuple[Found | None, list[str]]:
-    """The newest complete checkpoint of a run, or None, and a message for each broken one that was
-    skipped."""
+    """The newest complete checkpoint of a run, or None, and a message for each broken one passed over."""
     messages: list[str] = []
     for path in whole_directories(folder):
         try:
@@ -77,8 +75,7 @@ def newest(folder: Path) -> tuple[Found | None, list[str]]:
 
 
 def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
-    """The checkpoint to resume from. Every rank must call this; the main process reads, and all ranks get the
-    same.
+    """The checkpoint to resume from, read by the main process. Every rank must call this, and gets the same.
 
     Args:
         folder: of the run.
@@ -88,7 +85,6 @@ def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
     Raises:
         UserError: the given checkpoint is missing or broken.
     """
-
     answer: list[Any] = [None]  # (checkpoint, messages), or the error that every rank raises
     if distributed.is_main():
         try:

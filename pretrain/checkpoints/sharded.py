@@ -89,11 +89,9 @@ def load(found: Found, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in entries:
             raise UserError(f"checkpoint: {found.path} holds no tensor {name}")
-        theirs, ours = (entries[name].dtype, entries[name].shape), (tensor.dtype, tuple(tensor.shape))
-        if theirs != ours:
-            raise UserError(
-                f"checkpoint: {found.path}: {name} is {theirs[0]} {list(theirs[1])}, not {ours[0]} {list(ours[1])}"
-            )
+        theirs = f"{entries[name].dtype} {list(entries[name].shape)}"
+        if theirs != (ours := f"{tensor.dtype} {list(tensor.shape)}"):
+            raise UserError(f"checkpoint: {found.path}: {name} is {theirs}, not {ours}")
     entries = {name: entries[name] for name in tensors}
     with torch.no_grad():
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
@@ -194,9 +192,8 @@ class _Writer(_Storage, dcp.StorageWriter):
             index[result.index.fqn]["pieces"].append(vars(piece))
         for name in records:
             if not (self.part / name).is_file():  # another machine wrote it to its own disk
-                raise OSError(
-                    None, f"{self.part / name} cannot be seen by the main process: no shared file system"
-                )
+                unseen = f"{self.part / name} cannot be seen by the main process"
+                raise OSError(None, f"{unseen}: no shared file system")
         records[INDEX] = store.write_json(self.part / INDEX, index)
         store.publish(self.folder, self.iteration, {**self.meta, "layout": "sharded"}, records, self.keep)
 
@@ -206,11 +203,8 @@ class _Reader(_Storage, dcp.StorageReader):
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, entries
-        self.pieces = {
-            MetadataIndex(name, torch.Size(p.offsets)): p
-            for name, entry in entries.items()
-            for p in entry.pieces
-        }
+        named = [(name, piece) for name, entry in entries.items() for piece in entry.pieces]
+        self.pieces = {MetadataIndex(name, torch.Size(piece.offsets)): piece for name, piece in named}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         found: dict[str, Any] = {}
@@ -232,9 +226,8 @@ class _Reader(_Storage, dcp.StorageReader):
         for name, items in by_file.items():
             with opened(self.path / name) as file:
                 for item in items:
-                    block = tuple(
-                        slice(start, start + n) for start, n in zip(item.storage_offsets, item.lengths)
-                    )
+                    places = zip(item.storage_offsets, item.lengths)
+                    block = tuple(slice(start, start + n) for start, n in places)
                     dtype = self.entries[item.storage_index.fqn].dtype
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(read_piece(file, self.pieces[item.storage_index], dtype, block or None))

@@ -90,8 +90,7 @@ def publish(
 
 @contextmanager
 def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
-    """Wrap the writing of a checkpoint: an :class:`OSError` (a full disk) names it, and the unfinished part
-    is removed."""
+    """Around the writing of a checkpoint: an :class:`OSError` names it, and its unfinished part goes."""
     try:
         yield
     except OSError as error:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from pretrain.checkpoints.store import Record, record_of
+from pretrain.distributed import local
 from pretrain.errors import UserError
 from pretrain.files import read_mapping, sync
 
@@ -50,12 +50,6 @@ class Entry:
     pieces: tuple[Piece, ...]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's values: the shard of a DTensor, or a plain tensor itself."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """This rank's values of all tensors at this moment, contiguous and sharing no memory.
 
@@ -67,14 +61,13 @@ def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None
     copies: dict[str, Tensor] = {}
     on_cuda = False
     for name, tensor in tensors.items():
-        values = local(tensor)
+        values = local(tensor.detach())
+        is_pinned = values.is_cuda and buffers is not None
         copy = buffers.get(name) if buffers is not None else None
         if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = torch.empty(
-                values.shape, dtype=values.dtype, pin_memory=values.is_cuda and buffers is not None
-            )
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_pinned)
         on_cuda |= values.is_cuda
-        if values.is_cuda and buffers is not None:
+        if buffers is not None and values.is_cuda:
             buffers[name] = copy
         copies[name] = copy.copy_(values, non_blocking=values.is_cuda)
     if on_cuda:
@@ -127,14 +120,10 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
     with opened(path / STATE) as file:
         for name in file.keys():
             part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise UserError(
-                    f"checkpoint: {path / STATE}: {name} has the unknown dtype {part.get_dtype()}"
-                )
-            shape = tuple(part.get_shape())
-            entries[name] = Entry(
-                DTYPES[part.get_dtype()], shape, (Piece(STATE, name, (0,) * len(shape), shape),)
-            )
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
+            if dtype not in DTYPES:
+                raise UserError(f"checkpoint: {path / STATE}: {name} has the unknown dtype {dtype}")
+            entries[name] = Entry(DTYPES[dtype], shape, (Piece(STATE, name, (0,) * len(shape), shape),))
     return entries
 
 
@@ -143,32 +132,24 @@ def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
     for name, values in read_mapping(path / INDEX, "checkpoint").items():
         try:
-            pieces = tuple(
-                Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"]))
-                for p in values["pieces"]
-            )
+            described = [(p["file"], str(p["key"]), p["offsets"], p["shape"]) for p in values["pieces"]]
+            pieces = tuple(Piece(file, key, _ints(at), _ints(shape)) for file, key, at, shape in described)
             entry = Entry(DTYPES[values["dtype"]], _ints(values["shape"]), pieces)
-            inside = all(
-                p.file in records
-                and len(p.shape) == len(p.offsets) == len(entry.shape)
-                and all(
-                    0 <= start and 0 < size and start + size <= end
-                    for start, size, end in zip(p.offsets, p.shape, entry.shape)
-                )
-                for p in pieces
-            )
-            numel = math.prod(entry.shape)
-            fits = (
-                numel == sum(math.prod(p.shape) for p in pieces) and numel * entry.dtype.itemsize <= n_bytes
-            )
+            inside = all(p.file in records and _lies_in(p, entry.shape) for p in pieces)
+            numel, stored = math.prod(entry.shape), sum(math.prod(p.shape) for p in pieces)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"checkpoint: {path / INDEX}: {name} is described wrongly ({type(error).__name__})"
-            ) from error
-        if not inside or not fits:
+            wrong = f"{name} is described wrongly ({type(error).__name__})"
+            raise UserError(f"checkpoint: {path / INDEX}: {wrong}") from error
+        if not inside or numel != stored or numel * entry.dtype.itemsize > n_bytes:
             raise UserError(f"checkpoint: {path / INDEX}: the pieces of {name} do not make it up")
         entries[name] = entry
     return entries
+
+
+def _lies_in(piece: Piece, shape: tuple[int, ...]) -> bool:
+    places = zip(piece.offsets, piece.shape, shape)
+    has_rank = len(piece.shape) == len(piece.offsets) == len(shape)
+    return has_rank and all(0 <= start < start + size <= end for start, size, end in places)
 
 
 def _ints(values: Iterable[int]) -> tuple[int, ...]:
@@ -179,9 +160,8 @@ def read_piece(file: Any, piece: Piece, dtype: torch.dtype, block: tuple[slice, 
     """Values of a piece in an opened file: all of them, or a block."""
     part = file.get_slice(piece.key)
     if (part.get_dtype(), tuple(part.get_shape())) != (NAMES[dtype], piece.shape):
-        raise SafetensorError(
-            f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {NAMES[dtype]} {list(piece.shape)}"
-        )
+        wanted = f"{NAMES[dtype]} {list(piece.shape)}"
+        raise SafetensorError(f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {wanted}")
     return file.get_tensor(piece.key) if block is None else part[block]
 
 

@@ -95,15 +95,12 @@ class Writer:
         self.wait()
         if not self.is_sharded and not distributed.is_main():
             return
-        copies = copy_to_cpu(tensors, self.buffers)
-        if not self.in_background:
-            self._write(iteration, tensors, copies, meta)
-            return
+        arguments = iteration, dict(tensors), copy_to_cpu(tensors, self.buffers), dict(meta)
         # A thread that writes shards may wait for dead ranks: it must not keep this process from ending.
-        self.thread = threading.Thread(
-            target=self._try, args=(iteration, dict(tensors), copies, dict(meta)), daemon=self.is_sharded
-        )
+        self.thread = threading.Thread(target=self._write, args=arguments, daemon=self.is_sharded)
         self.thread.start()
+        if not self.in_background:
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete.
@@ -118,23 +115,15 @@ class Writer:
             error, self.error = self.error, None
             raise error
 
-    def _try(self, *arguments: Any) -> None:
+    def _write(self, iteration: int, tensors: Any, copies: Mapping[str, Tensor], meta: Any) -> None:
+        """Write; what fails is kept for :meth:`wait`, which raises it."""
         try:
-            self._write(*arguments)
-        except BaseException as error:  # :meth:`wait` raises it again
+            if self.is_sharded:
+                sharded.save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
+            else:
+                write(self.folder, iteration, copies, meta, self.keep)
+        except BaseException as error:
             self.error = error
-
-    def _write(
-        self,
-        iteration: int,
-        tensors: Mapping[str, Tensor],
-        copies: Mapping[str, Tensor],
-        meta: Mapping[str, Any],
-    ) -> None:
-        if self.is_sharded:
-            sharded.save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
-        else:
-            write(self.folder, iteration, copies, meta, self.keep)
 
 
 def save_state(folder: Path, iteration: int, state: Mapping[str, Any], keep: int | None) -> Path:
@@ -164,9 +153,8 @@ def load_state(found: Found) -> dict[str, Any]:
     try:
         return {key: _unpack(value, tensors) for key, value in found.meta["state"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"checkpoint: {found.path / META} describes no state ({type(error).__name__})"
-        ) from error
+        reason = f"describes no state ({type(error).__name__})"
+        raise UserError(f"checkpoint: {found.path / META} {reason}") from error
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -181,10 +169,9 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
-    assert value is None or isinstance(value, (str, int, float)), (
-        f"{name}: {type(value)} has no place in a checkpoint"
-    )
-    return value
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise AssertionError(f"{name}: {type(value)} has no place in a checkpoint")
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,12 +1,11 @@
-"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback; and how
-it reads its words."""
+"""How every tool starts, reads its words, and ends: bad input in one clear line and exit code 2."""
 
 import argparse
 import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,10 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pretrain.data.datasets import MaskRule
+    from pretrain.data.images import Images, Made
     from pretrain.eval_model import EvalModel
 
 WITH_RESUME = ("posfield pretrain", "posfield detect", "posfield segment", "posfield evaluate dense")
@@ -33,19 +35,15 @@ def run(main: Callable[[list[str]], None]) -> None:
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         main([a for a in arguments if a != "--traceback"])
-    except (UserError, OSError) as error:  # OSError names the file: one that cannot be written, a full disk
+    # OSError names the file: one that cannot be written, a full disk; of a loss the run has said where
+    except (UserError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)
         sys.exit(REQUEUE_CODE)
-    except FloatingPointError as error:  # a loss is not finite; the run has said where
-        if show_traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -89,22 +87,24 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
     Raises:
         UserError: a word without ``=``, or a key that is given twice.
     """
-    given = split_words(words)
-    model_kwargs = {}
-    for key, text in given.items():
-        name = key.removeprefix("backbone.")
-        if name == key:
-            continue
-        if name in ("name", "weights"):
-            raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
-        # the setting, the ViT's argument
-        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)
-    return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs
+    fields = split_words(words)
+    given = {key: fields.pop(key) for key in list(fields) if key.startswith("backbone.")}
+    for key, option in (("backbone.name", "backbone"), ("backbone.weights", "weights")):
+        if key in given:
+            raise UserError(f"{key}: give it as --{option}")
+    names = {"backbone.layer_scale_init": "layerscale"}  # the setting, the ViT's argument
+    return fields, {names.get(k, k.removeprefix("backbone.")): plain(text) for k, text in given.items()}
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the description as it is written."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=as_written)
 
 
 def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that both kinds of fine-tuning have."""
-    parser = _parser(description)
+    parser = command_parser(description)
     add = parser.add_argument
     add("--backbone", metavar="NAME", help="vit_base_patch16, ...; a file of ours says it itself")
     add("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
@@ -134,39 +134,30 @@ def masks_of(options: argparse.Namespace) -> "MaskRule":
 
 
 def evaluation_parser(
-    description: str | None,
-    several: bool = True,
-    weights_required: bool = True,
-    images: bool = False,
-    output: bool = True,
-    bf16: bool = True,
+    description: str | None, several: bool = True, need_weights: bool = True, without: Collection[str] = ()
 ) -> argparse.ArgumentParser:
-    """A parser with the options that evaluations share: which weights (:func:`models_of`), images and device,
-    and where to."""
+    """A parser with the options that evaluations share, but for those ``without``: which weights
+    (:func:`models_of`), images and device, and where to."""
     from pretrain.device import DEVICES  # loads torch, which other commands do without
 
-    parser = _parser(description)
-    add = parser.add_argument
+    def add(name: str, **how: Any) -> None:
+        if name not in without:
+            parser.add_argument(name, **how)
+
+    parser = command_parser(description)
     if several:
-        need: dict[str, Any] = {
-            "required": weights_required,
-            "default": [],
-            "help": "any checkpoints, or run folders",
-        }
-        add("--weights", type=Path, nargs="+", metavar="FILE", **need)
+        told = "any checkpoints, or run folders"
+        add("--weights", type=Path, nargs="+", metavar="FILE", required=need_weights, default=[], help=told)
         add("--names", nargs="+", default=[], metavar="NAME", help="of their methods; else the files'")
     else:
         add("--weights", type=Path, required=True, metavar="FILE", help="any checkpoint, or run folder")
     add("--source", metavar="NAME", help="whose files they are (dino, mae, ...); else found out from each")
     add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
-    if images:
-        add("--images", required=True, metavar="PATH", help="anything that data.root may be")
-    if output:
-        add("--output", type=Path, required=True, metavar="DIR")
+    add("--images", required=True, metavar="PATH", help="anything that data.root may be")
+    add("--output", type=Path, required=True, metavar="DIR")
     add("--device", default="auto", choices=DEVICES, help="%(default)s")
-    if bf16:
-        add("--bf16", action="store_true", help="bfloat16 forward passes")
+    add("--bf16", action="store_true", help="bfloat16 forward passes")
     return parser
 
 
@@ -179,6 +170,11 @@ def models_of(options: argparse.Namespace) -> "list[EvalModel]":
     return open_models(paths, names, options.source, options.backbone, options.patch_size)
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    as_written = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=as_written)
+def pictures_of(options: argparse.Namespace, make: "Callable[[np.ndarray], Made]") -> "Images[Made]":
+    """--max-images of --images, what ``make`` makes of their pixels; says which cannot be read."""
+    from pretrain.data.images import read_images
+    from pretrain.data.sources import DataSettings
+
+    pictures = read_images(DataSettings(root=options.images), options.max_images, make)
+    print("".join(f"left out: {line}\n" for line in pictures.broken), end="", flush=True)
+    return pictures

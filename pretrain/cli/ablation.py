@@ -1,5 +1,4 @@
-"""The ablation at toy scale: the four rows of the paper's Table 3 and both readings of s, several seeds each,
-as resumable jobs.
+"""The ablation at toy scale: the rows of the paper's Table 3 and both readings of s, over seeds, as resumable jobs.
 
 posfield ablation --output runs/ablation --jobs 4 --max-minutes 9      (exit code 85: not finished, start it again)
 
@@ -13,9 +12,8 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
-from pretrain.cli import command
+from pretrain.cli import command, command_parser
 from pretrain.config import RECIPES
 from pretrain.errors import UserError
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
@@ -37,14 +35,6 @@ QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.wor
 QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
 
 
-def row_overrides(row: str) -> list[str]:
-    """What a row's file changes, as key=value."""
-    if row == "method":
-        return []
-    values = flat(read_yaml(RECIPES / "ablation" / f"{row}.yaml").values)
-    return [f"{key}={text}" for key, text in values.items() if key not in ("base", "run.output")]
-
-
 def last(*settings: list[str]) -> list[str]:
     """key=value words, of each key the last one, whether by its name or by the one that it had before."""
     parts = [word.partition("=") for words in settings for word in words]
@@ -53,15 +43,17 @@ def last(*settings: list[str]) -> list[str]:
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
-    """The stages of every job, seed by seed, so that an unfinished ablation has all rows of its first
-    seeds."""
+    """The stages of every job, seed by seed: an unfinished ablation has all rows of its first seeds."""
     jobs, data, quick = {}, options.output / "data", options.quick
     protocol = last(DETECTION, QUICK_DETECTION if quick else [], options.detection)
     for seed in range(options.seeds):
         for row in ROWS:
             folder = options.output / row / f"seed_{seed}"
             where = [f"data.root={data / 'images'}", f"run.output={folder / 'pretrain'}", f"run.seed={seed}"]
-            changed = last(row_overrides(row), QUICK_PRETRAIN if quick else [], options.pretrain)
+            file = RECIPES / "ablation" / f"{row}.yaml"  # of the method itself there is none
+            own = flat(read_yaml(file).values) if row != "method" else {}
+            of_row = [f"{key}={text}" for key, text in own.items() if key not in ("base", "run.output")]
+            changed = last(of_row, QUICK_PRETRAIN if quick else [], options.pretrain)
             first = command("pretrain", "--resume", "--config", "toy", *where, *changed)
             words = ["--engine", "torchvision", "--weights", folder / "pretrain" / "backbone.safetensors"]
             words += ["--data", data / "coco", "--seed", seed, "--output", folder / "det", "--resume"]
@@ -73,18 +65,16 @@ def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    jobs, limit = "at a time; one GPU holds several (%(default)s)", "of this call; then start it again"
-    add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add("--jobs", type=int, default=1, metavar="N", help="at a time; one GPU holds several (%(default)s)")
+    limit = "of this call; then start it again"
     add("--max-minutes", type=float, default=float("inf"), metavar="M", help=limit)
     add("--quick", action="store_true", help="a few steps of everything: to see it run on a CPU")
-    words: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "key=value"}
-    add("--pretrain", help="settings of every pre-training", **words)
-    add("--detection", help="fields of the detection protocol", **words)
+    for name, told in (("pretrain", "settings of every one"), ("detection", "fields of the protocol")):
+        add(f"--{name}", nargs="+", default=[], metavar="key=value", help=told)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
         raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
@@ -105,9 +95,8 @@ def main(arguments: list[str]) -> None:
     done, failed, left = ([n for n, how in ended.items() if how == which] for which in (DONE, FAILED, LEFT))
     trials = [Trial(*(read_result(stage.folder) for stage in jobs[name])) for name in done]
     table = ablation_table(trials, "intertwined", "Ablation at toy scale")
-    for suffix, style in ((".md", "md"), (".csv", "csv")):
-        (options.output / f"ablation{suffix}").write_text(render(table, style))
+    for style in ("md", "csv"):
+        (options.output / f"ablation.{style}").write_text(render(table, style))
     print(render(table, "md"))
-    logs = f"(logs in {options.output}/JOB/*.log)"
-    told = f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} {logs}"
-    raise_for(told if failed else "", left, f"{len(jobs)} jobs")
+    logs = f"{', '.join(failed)} (logs in {options.output}/JOB/*.log)"
+    raise_for(f"{len(failed)} of {len(jobs)} jobs failed: {logs}" * bool(failed), left, f"{len(jobs)} jobs")

@@ -1,5 +1,4 @@
-"""Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend
-to (appendix A).
+"""Attention of any checkpoints over any images: NMI and MAD by head, what query patches attend to (appendix A).
 
     posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output attention
     posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017 --output masks
@@ -26,12 +25,11 @@ from pretrain.analysis.attention import BLOCK
 from pretrain.analysis.attention_report import build_page, draw
 from pretrain.analysis.attention_study import Study, check_masks, check_size, write_statistics, write_summary
 from pretrain.analysis.pca import read_place
-from pretrain.cli import at_least, evaluation_parser, models_of
-from pretrain.data.images import read_images, square
-from pretrain.data.sources import DataSettings
+from pretrain.cli import at_least, evaluation_parser, models_of, pictures_of
+from pretrain.data.images import square
 from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, named_apart, open_models
+from pretrain.eval_model import EvalModel, named_apart
 from pretrain.files import write_text
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
@@ -42,21 +40,27 @@ BOX, CROSS = "box-wise", "cross-wise"
 
 def main(arguments: list[str]) -> None:
     """Parse, look at all files, measure one checkpoint after the other, draw."""
-    options = parse(arguments)
+    parser = evaluation_parser(__doc__, need_weights=False)
+    add = parser.add_argument
+    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
+    add("--size", type=int, default=480, metavar="PX", help="side of the images (%(default)s: the paper's)")
+    add("--crop", action="store_true", help="central squares; else the images are squeezed")
+    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
+    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
+    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
+    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
+    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
+    options = parser.parse_args(arguments)
+    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     subjects, output = looked_at(options), options.output
     queries = list(map(read_place, options.queries))
     output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     device = choose_device(options.device)
-    pictures = read_images(
-        DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop)
-    )
-    for line in pictures.broken:
-        print(f"left out: {line}", flush=True)
+    pictures = pictures_of(options, lambda pixels: square(pixels, options.size, options.crop))
     shown = torch.stack(pictures.pixels[: options.shown])
     measured, maps = [], {}
     with StopSignals() as signals:
-        how = (options.crop, options.bf16, device, options.batch, options.block)
-        study = Study(pictures, *how, signals)
+        study = Study(pictures, options.crop, options.bf16, device, options.batch, options.block, signals)
         for subject in subjects:
             backbone = subject.build().to(device)
             measured.append(study.measure(subject, backbone, output / subject.folder))
@@ -71,33 +75,13 @@ def main(arguments: list[str]) -> None:
 
 
 def looked_at(options: argparse.Namespace) -> list[EvalModel]:
-    """The checkpoints, the two of --compare-masks last; every file is looked at before the first is
-    measured."""
+    """The checkpoints, the two of --compare-masks last; all files are looked at before one is measured."""
     subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        how = (options.source, options.backbone, options.patch_size)
-        two = open_models(options.compare_masks, [BOX, CROSS], *how)
-        subjects = named_apart([*subjects, *two])
+        asked = {"weights": options.compare_masks, "names": [BOX, CROSS]}
+        subjects = named_apart([*subjects, *models_of(argparse.Namespace(**vars(options) | asked))])
     if not subjects:
         raise UserError("nothing to analyze: give --weights or --compare-masks")
     check_size(subjects, options.size)
     return subjects
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options, checked."""
-    parser = evaluation_parser(__doc__, weights_required=False, images=True)
-    add = parser.add_argument
-    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
-    side = "side of the images (%(default)s, as in the paper)"
-    add("--size", type=int, default=480, metavar="PX", help=side)
-    add("--crop", action="store_true", help="central squares; else the images are squeezed")
-    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
-    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
-    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
-    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    options = parser.parse_args(arguments)
-    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
-    return options

@@ -4,26 +4,23 @@
 schema of its method's settings, by which editors complete and check YAML files.
 """
 
-import argparse
 import json
 
-from pretrain.config import layers_of, load_config, model_of
+from pretrain.cli import command_parser
+from pretrain.config import load_config, resolved
 from pretrain.settings import json_schema, printed
 
 
 def main(arguments: list[str]) -> None:
     """Parse, load, print."""
-    parser = argparse.ArgumentParser(
-        description="Print every value of a pre-training config with its meaning and its source."
-    )
-    parser.add_argument("name", help="a YAML file, or a recipe: paka-25ep")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="changes, e.g. optim.batch_size=64")
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON schema of its method's settings instead"
-    )
+    parser = command_parser("Print every value of a pre-training config with its meaning and its source.")
+    add = parser.add_argument
+    add("name", help="a YAML file, or a recipe: paka-25ep")
+    add("words", nargs="*", metavar="key=value", help="changes, e.g. optim.batch_size=64")
+    add("--schema", action="store_true", help="print the JSON schema of its method's settings instead")
     options = parser.parse_intermixed_args(arguments)
     config = options.name, options.words
     if options.schema:
-        print(json.dumps(json_schema(model_of(*config))))
+        print(json.dumps(json_schema(resolved(*config)[0])))
     else:
-        print(printed(load_config(*config), layers_of(*config)), end="")
+        print(printed(load_config(*config), resolved(*config)[1]), end="")

@@ -1,10 +1,8 @@
-"""Draw what a pre-training run sees: views and position boxes, both mask kinds, the scale s, attention of its
-backbone.
+"""Draw what a pre-training sees: views and position boxes, both mask kinds, the scale s, its attention.
 
 posfield analyze crops runs/toy            (writes runs/toy/figures/)
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from pretrain.analysis.attention import query_attention
 from pretrain.analysis.figures import attention_figure, masks_figure, save, scales_figure, views_figure
 from pretrain.build import build_backbone
+from pretrain.cli import command_parser
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, build_dataset
 from pretrain.errors import UserError
@@ -23,9 +22,7 @@ QUERIES = [(0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)]
 
 def main(arguments: list[str]) -> None:
     """Parse, draw, say where the figures are."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a pre-training run")
     parser.add_argument("--images", type=int, default=4, help="pictures a figure (%(default)s)")
     options = parser.parse_args(arguments)

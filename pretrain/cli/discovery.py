@@ -13,6 +13,7 @@ checkpoints/NAME/ of each with result.json, boxes.csv (one row an image) and ima
 import argparse
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pretrain.device import choose_device
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import frozen_features
-from pretrain.files import write_csv
+from pretrain.files import csv_text, write_text
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.signals import StopSignals
@@ -38,7 +39,7 @@ CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by Token
 
 def main(arguments: list[str]) -> None:
     """Parse, find, count, draw."""
-    parser = evaluation_parser(__doc__, bf16=False)
+    parser = evaluation_parser(__doc__, without=("--images", "--bf16"))
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root")
     add("--split", default="", help="of the set (VOC: trainval; COCO: val2017)")
@@ -59,29 +60,26 @@ def main(arguments: list[str]) -> None:
     with StopSignals() as signals:
         for subject in subjects:
             percents = measure(subject, images, options, device, signals)
-            table.append([subject.label, len(images), *(f"{value:.2f}" for value in percents.values())])
-            said = ", ".join(f"{name} {value:.2f}" for name, value in percents.items())
+            shown = {name: f"{value:.2f}" for name, value in percents.items()}
+            table.append({"checkpoint": subject.label, "images": len(images), **shown})
+            said = ", ".join(map(" ".join, shown.items()))
             print(f"{subject.label}: {said} ({len(images)} images)", flush=True)
-    write_csv(options.output / "corloc.csv", ["checkpoint", "images", *percents], table)
+    write_text(options.output / "corloc.csv", csv_text(table))
 
 
 def measure(
-    subject: EvalModel,
-    images: list[BoxedImage],
-    options: argparse.Namespace,
-    device: torch.device,
+    subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, device: torch.device,
     signals: StopSignals,
-) -> dict[str, float]:
-    """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it
-    resumes."""
+) -> dict[str, float]:  # fmt: skip
+    """CorLoc in percent by each method. Writes the checkpoint's folder; after an interruption it resumes."""
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
     which = {"data": options.data.resolve().name, "split": options.split}
-    which |= {"list": options.list and options.list.name, "methods": methods, "boxes": boxes_hash(images)}
+    boxes = {str(i): [image.path.name, image.boxes.tolist()] for i, image in enumerate(images)}
+    which |= {"list": options.list and options.list.name, "methods": methods, "boxes": config_hash(boxes)}
     settings |= {name: (value, value) for name, value in which.items()}  # of the set; never a deviation
-    before = subject.found(folder, "object-discovery", settings)
-    if before:
+    if before := subject.found(folder, "object-discovery", settings):
         print(f"{subject.label}: measured before", flush=True)
         return {name: value for name, value in before.metrics.items() if name.startswith("corloc_")}
     kind = subject.settings_hash("object-discovery", settings)
@@ -94,20 +92,18 @@ def measure(
             if row is None or number in chosen:
                 pixels = read_picture(image.path)
                 found = discover(features, pixels, image.boxes, methods, options.features, options.size)
-                row = {"image": image.path.name} | {
-                    f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()
-                }
+                columns = {f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()}
+                row = {"image": image.path.name, **columns}
                 file.write(json.dumps([str(image.path), row]) + "\n")
                 file.flush()
                 if number in chosen:
-                    hits = {m: (f.box, f.hit) for m, f in found.items()}
-                    shown.append(Boxed(image.path.name, pixels, image.boxes, hits))
+                    judged = {m: (f.box, f.hit) for m, f in found.items()}
+                    shown.append(Boxed(image.path.name, pixels, image.boxes, judged))
             rows.append(row)
             tell()
-    percents = {
-        f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods
-    }
-    write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
+    hits = {method: sum(row[f"{method}_hit"] for row in rows) for method in methods}
+    percents = {f"corloc_{method}": 100 * n_hit / len(rows) for method, n_hit in hits.items()}
+    write_text(folder / "boxes.csv", csv_text(rows))
     if shown:
         keep(boxes_figure(shown), folder / "figures", "boxes", "Objects found", CAPTION)
     subject.write(folder, "object-discovery", settings, {**percents, "images": len(images)}, started)
@@ -115,18 +111,11 @@ def measure(
     return percents
 
 
-def boxes_hash(images: list[BoxedImage]) -> str:
-    """Of the images' names and boxes."""
-    return config_hash({str(i): [image.path.name, image.boxes.tolist()] for i, image in enumerate(images)})
-
-
 def read_part(file: Path) -> dict[str, dict[str, Any]]:
     """{image: row} that an interrupted run left; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
+        with suppress(ValueError):  # a line that was cut off
             found |= [json.loads(line)]
-        except ValueError:  # a line that was cut off
-            continue
     return found

@@ -5,22 +5,19 @@ posfield embed --weights runs/b16/backbone.safetensors --images photos --output 
 The file holds ``names`` [n] and ``vectors`` [n, D] float32: ``numpy.load("embeddings.npz")``.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.build import build_backbone
-from pretrain.cli import at_least
+from pretrain.cli import at_least, command_parser
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.embed import embed
 
 
 def main(arguments: list[str]) -> None:
     """Parse, embed, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
     add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
@@ -33,9 +30,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     at_least(options, size=1, batch=1)
     backbone = build_backbone(options.backbone, options.weights, source=options.source)
-    vectors = embed(
-        options.images, backbone, size_px=options.size, batch_size=options.batch, device=options.device
-    )
+    size, batch = options.size, options.batch
+    vectors = embed(options.images, backbone, size_px=size, batch_size=batch, device=options.device)
     source = open_source(DataSettings(root=options.images))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     names = np.array([source.name(index) for index in range(len(source))])

@@ -31,7 +31,7 @@ from pretrain.data.datasets.maps import nearest
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, named_apart, open_models
-from pretrain.evaluation import dense
+from pretrain.evaluation import Outcome, dense
 from pretrain.evaluation.dense import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen_features
 from pretrain.signals import StopSignals
@@ -41,26 +41,16 @@ SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = evaluation_parser(__doc__, several=False)
+    parser = evaluation_parser(__doc__, several=False, without=["--images"])
     add = parser.add_argument
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
-    add(
-        "--set",
-        default="auto",
-        choices=("auto", *KINDS),
-        help="which one; auto: what DIR looks like (%(default)s)",
-    )
-    add(
-        "--classes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of a folder: how many count; 0: found out from names and masks (%(default)s)",
-    )
+    add("--set", default="auto", choices=("auto", *KINDS), help="auto: what DIR looks like (%(default)s)")
+    n_classes = "of a folder: how many count; 0: found out from names and masks (%(default)s)"
+    add("--classes", type=int, default=0, metavar="N", help=n_classes)
     add_mask_options(parser)
-    words = " ".join(DENSE_TASKS)
-    add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({words})")
+    on_data = f"on --data ({' '.join(DENSE_TASKS)})"
+    add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=on_data)
     add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
     add("--resume", action="store_true", help="keep what DIR holds; the result is of the tasks asked for")
     add("--seed", type=int, help="of all tasks; else that which FILE says of its training, or 0")
@@ -95,10 +85,8 @@ def main(arguments: list[str]) -> None:
             dense.check_folder(job, folder, options.resume)
             folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()  # an error now where nothing can be written
-        features = {
-            subject.label: stack.enter_context(frozen_features(subject.build(), device, options.bf16))
-            for subject in subjects
-        }
+        held = [frozen_features(subject.build(), device, options.bf16) for subject in subjects]
+        features = {subject.label: stack.enter_context(one) for subject, one in zip(subjects, held)}
         for folder, job in jobs.items():
             finished = dense.run(job, features[subjects[-1].label], folder, signals)
             print(f"result: {dense.write(job, finished, folder)}", flush=True)
@@ -134,12 +122,9 @@ def jobs_of(
     return jobs
 
 
-def draw(
-    val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path
-) -> None:
-    """What the tasks predict for the first images, beside the truth, and the principal components of the
-    images' patches."""
-    maps = {name: some for task in finished.values() for name, some in task.outcome.maps.items()}
+def draw(val: LabelSet, finished: Mapping[str, Outcome], features: dict[str, Features], folder: Path) -> None:
+    """What the tasks predict for the first images beside the truth, and the components of their patches."""
+    maps = {name: some for task in finished.values() for name, some in task.maps.items()}
     images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
     squares = [nearest(part, SHOWN_PX).numpy() for part in labels]
     dense_figures.write(folder, images, squares, maps, val.classes, list(features.items()), SHOWN_PX)

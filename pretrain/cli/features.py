@@ -17,13 +17,13 @@ from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, similarity_figure
 from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import Place, background_by_pca, pca_colors, read_place, similarity_to
-from pretrain.cli import at_least, evaluation_parser, models_of
-from pretrain.data.images import read_images, resized, whole
-from pretrain.data.sources import DataSettings
+from pretrain.cli import at_least, evaluation_parser, models_of, pictures_of
+from pretrain.data.images import resized, whole
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.features import frozen_features, layer_names
+from pretrain.files import write_text
 
 QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 Maps = dict[str, list[Tensor]]
@@ -31,24 +31,19 @@ Maps = dict[str, list[Tensor]]
 
 def main(arguments: list[str]) -> None:
     """Parse, look at one checkpoint after the other, draw."""
-    parser = evaluation_parser(__doc__, images=True, bf16=False)
+    parser = evaluation_parser(__doc__, without=["--bf16"])
     add = parser.add_argument
     add("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
     add("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
     add("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
-    add(
-        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (the default)"
-    )
+    add("--layer", type=int, default=-1, help="0: embedding, k: after block k, %(default)s: last, normed")
     add("--foreground", action="store_true", help="PCA of the foreground, by the first component's sign")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1)
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
-    pictures = read_images(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
-    for line in pictures.broken:
-        print(f"left out: {line}", flush=True)
-
+    pictures = pictures_of(options, lambda pixels: pixels)
     colors: Maps = {}
     cosines: list[Maps] = [{} for _ in pictures.names]
     for subject in subjects:
@@ -60,22 +55,18 @@ def main(arguments: list[str]) -> None:
         colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(rgbs, grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
-    images = [shown(pixels, options.size) for pixels in pictures.pixels]
+    images = []
+    for pixels in pictures.pixels:  # as the figures show them, for any patch size
+        height, width = (round(side * (options.size / min(pixels.shape[:2]))) for side in pixels.shape[:2])
+        images.append(resized(pixels, (height, width)))
     found = draw(options, pictures.names, images, queries, colors, cosines)
     about = {
         "Images": [f"{len(images)}, shorter side {options.size} px"],
         "Checkpoints": [s.label for s in subjects],
         "Layer": [str(options.layer) if options.layer >= 0 else f"{options.layer}, counted from the last"],
     }
-    file = options.output / "features.html"
-    file.write_text(gallery("Patch features", about, found), encoding="utf-8")
+    file = write_text(options.output / "features.html", gallery("Patch features", about, found))
     print(f"{file}: {len(subjects)} checkpoints, {len(images)} images")
-
-
-def shown(pixels: np.ndarray, short_px: int) -> Tensor:
-    """An image as the figures show it, for any patch size: uint8 [3, H, W]."""
-    scale = short_px / min(pixels.shape[:2])
-    return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
 
 
 def look(
@@ -97,13 +88,9 @@ def look(
 
 
 def draw(
-    options: argparse.Namespace,
-    names: list[str],
-    images: list[Tensor],
-    queries: list[Place],
-    colors: Maps,
+    options: argparse.Namespace, names: list[str], images: list[Tensor], queries: list[Place], colors: Maps,
     cosines: list[Maps],
-) -> list[Shown]:
+) -> list[Shown]:  # fmt: skip
     """All figures, with the captions of the page."""
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
     if options.foreground:

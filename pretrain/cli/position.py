@@ -25,7 +25,7 @@ from pretrain.eval_model import EvalModel
 from pretrain.evaluation import position as layers
 from pretrain.evaluation.features import frozen_features
 from pretrain.evaluation.position import HIDDEN_BY, hide_with, read_squares
-from pretrain.files import read_csv, write_csv
+from pretrain.files import csv_text, read_csv, write_text
 from pretrain.log import Progress
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
@@ -38,7 +38,7 @@ CAPTION = "How well a linear read-out finds a patch's center: solid, its positio
 
 def main(arguments: list[str]) -> None:
     """Parse, probe one file after the other, draw."""
-    parser = evaluation_parser(__doc__, images=True)
+    parser = evaluation_parser(__doc__)
     add = parser.add_argument
     add("--mask", choices=HIDDEN_BY, help="what stands for a position (%(default)s)")
     add("--shape", choices=SHAPES, help="of the masks (%(default)s)")
@@ -50,27 +50,23 @@ def main(arguments: list[str]) -> None:
     at_least(options, draws=1, size=1, max_images=2)
     device = choose_device(options.device)
     subjects = models_of(options)
-    for subject in subjects:
-        if options.mask == "token" and not subject.has_token:
-            what = "holds no pos_mask_token that pre-training with position masks learned"
-            raise UserError(f"--mask token: {subject.path} {what}")
+    if options.mask == "token" and (without := [subject for subject in subjects if not subject.has_token]):
+        what = "holds no pos_mask_token that pre-training with position masks learned"
+        raise UserError(f"--mask token: {without[0].path} {what}")
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
         rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]
-    write_csv(options.output / TABLE, list(rows[0]), [list(row.values()) for row in rows])
-    figure, title = layers_figure(rows), "Position probe, layer by layer"
-    keep(figure, options.output / "figures", "position_layers", title, CAPTION)
+    write_text(options.output / TABLE, csv_text(rows))
+    title = "Position probe, layer by layer"
+    keep(layers_figure(rows), options.output / "figures", "position_layers", title, CAPTION)
     print(f"{options.output}: {TABLE}, figures/position_layers.png and .svg of {len(subjects)} checkpoints")
 
 
 def probe(
-    subject: EvalModel,
-    options: argparse.Namespace,
-    by_side: dict[int, torch.Tensor],
-    device: torch.device,
+    subject: EvalModel, options: argparse.Namespace, by_side: dict[int, torch.Tensor], device: torch.device,
     signals: StopSignals,
-) -> list[dict[str, str]]:
+) -> list[dict[str, str]]:  # fmt: skip
     """The curve of one checkpoint as rows of the csv; leaves its folder, or takes it from there."""
     started, folder = time.perf_counter(), options.output / subject.folder
     grid = (max(2, round(options.size / subject.patch_px)),) * 2
@@ -81,28 +77,25 @@ def probe(
         print("".join(f"left out: {line}\n" for line in read.broken), end="", flush=True)
         by_side[side] = torch.stack(read.pixels)
     images = by_side[side]
-    used = {**{name: getattr(options, name) for name in PROTOCOL}, "size": side}
-    seen = content_hash(images)
+    used, seen = {**vars(options), "size": side}, content_hash(images)
     settings = {**{name: (value, used[name]) for name, value in PROTOCOL.items()}, "pixels": (seen, seen)}
     if (folder / TABLE).is_file() and subject.found(folder, "position-probe", settings):
         print(f"{subject.label}: measured before", flush=True)
         return read_csv(folder / TABLE)
     backbone = subject.build(mask_tokens=True)
     hidden_by = hide_with(backbone, options.mask, subject.has_token, grid)
-    if hidden_by == "none":
+    if hidden_by != options.mask:
         nothing = "no position is added to its patches, so there is none to hide; it is probed as it is"
-        print(f"{subject.label}: {nothing}")
-    elif hidden_by != options.mask:
-        print(f"{subject.label}: hidden positions are replaced by the {hidden_by}")
+        replaced = f"hidden positions are replaced by the {hidden_by}"
+        print(f"{subject.label}: {nothing if hidden_by == 'none' else replaced}")
     tell = Progress(subject.label, options.draws * len(images), signals, "images of all draws")
     with frozen_features(backbone, device, options.bf16) as features:
         scores = layers.position_layers(features, images, options.draws, options.shape, tell)
     rows = list(layers.csv_rows(subject.label, hidden_by, scores))
     found = {**layers.metrics(scores), "images": len(images)}
     (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for the table that is about to be replaced
-    write_csv(folder / TABLE, list(rows[0]), [list(row.values()) for row in rows])
+    write_text(folder / TABLE, csv_text(rows))
     subject.write(folder, "position-probe", settings, found, started)
-    r2, std = found["position_r2"], found["position_r2_std"]
-    error, chance = found["position_error"], found["position_chance"]
-    print(f"{subject.label}: R^2 {r2:.3f} +- {std:.3f}, error {error:.3f} (chance {chance:.3f})")
+    told = "R^2 {position_r2:.3f} +- {position_r2_std:.3f}, error {position_error:.3f} (chance {position_chance:.3f})"
+    print(f"{subject.label}: {told.format(**found)}")
     return rows

@@ -17,13 +17,14 @@ from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.position import hide_with
 from pretrain.evaluation.probes import Probes, ProbeSettings
+from pretrain.files import write_text
 from pretrain.settings import Layer, build
 
 
 def main(arguments: list[str]) -> None:
     """Parse, build, probe, print."""
     defaults = ProbeSettings()
-    parser = evaluation_parser(__doc__, several=False, output=False)
+    parser = evaluation_parser(__doc__, several=False, without=("--images", "--output"))
     add = parser.add_argument
     add("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
     add("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
@@ -41,17 +42,7 @@ def main(arguments: list[str]) -> None:
     (model,) = models_of(options)
     backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
-    keys = (
-        "knn_root",
-        "knn_k",
-        "seg_root",
-        "seg_classes",
-        "void",
-        "map",
-        "mask_name",
-        "image_px",
-        "max_images",
-    )
+    keys = "knn_root knn_k seg_root seg_classes void map mask_name image_px max_images".split()
     values = {key: getattr(options, key) for key in keys}
     values |= {"position": bool(options.position_root), "every": 1}
     settings = build(ProbeSettings, [Layer("command line", values)], "probes")
@@ -66,7 +57,5 @@ def main(arguments: list[str]) -> None:
     for key, value in metrics.items():
         print(f"{key:24} {value:.4f}")
     if options.json:
-        used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        content = {"backbone": model.backbone, "options": used, "metrics": metrics}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        content = {"backbone": model.backbone, "options": vars(options), "metrics": metrics}
+        write_text(options.json, json.dumps(content, indent=2, default=str) + "\n")

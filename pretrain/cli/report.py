@@ -6,25 +6,23 @@ RUNS are run folders, result.json files, or folders above them. A run folder hol
 optionally, metrics.jsonl, probes.jsonl and figures/*.png with figures/captions.json.
 """
 
-import argparse
 from pathlib import Path
 
+from pretrain.cli import command_parser
 from pretrain.files import write_text
 from pretrain.results.report import LAYOUTS, build_report
 from pretrain.results.runs import find_results, read_run
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUNS")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--title", default="Results")
-    parser.add_argument("--layout", choices=LAYOUTS, default="list", help="of the tables: see make_table.py")
-    tables = 'published tables: a comma list such as "1,2,7", or "all"; 1 when left out'
-    parser.add_argument("--tables", default="", help=tables)
-    parser.add_argument("--against", default="", metavar="METHOD", help="see make_table.py")
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUNS")
+    add("--output", type=Path, required=True)
+    add("--title", default="Results")
+    add("--layout", choices=LAYOUTS, default="list", help="of the tables: see posfield table")
+    add("--tables", default="", help='published ones: a comma list such as "1,2,7", or "all" (1)')
+    add("--against", default="", metavar="METHOD", help="see posfield table")
     options = parser.parse_args(arguments)
 
     runs = [read_run(path) for path in find_results(options.runs)]

@@ -11,10 +11,10 @@ which row its fine-tunings belong to; else their method's name does. Dense evalu
 own, set by set, alone where nothing else was measured or first with the layout "dense".
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from pretrain.cli import command_parser
 from pretrain.files import write_text
 from pretrain.results.pages import page
 from pretrain.results.render import FORMATS, render_all
@@ -24,17 +24,15 @@ from pretrain.results.schema import read_result
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUNS")
-    parser.add_argument("--format", choices=FORMATS, default="md")
-    parser.add_argument("--layout", choices=LAYOUTS, default="list")
-    published = 'published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
-    parser.add_argument("--tables", default="", help=published)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUNS")
+    add("--format", choices=FORMATS, default="md")
+    add("--layout", choices=LAYOUTS, default="list")
+    add("--tables", default="", help='published ones: "1,2,7", ... or "all" (list: 1; paper: all)')
     against = "dense: differences to this one, before a post-training"
-    parser.add_argument("--against", default="", metavar="METHOD", help=against)
-    parser.add_argument("--output", type=Path, help="file to write; standard output when left out")
+    add("--against", default="", metavar="METHOD", help=against)
+    add("--output", type=Path, help="file to write; standard output when left out")
     options = parser.parse_args(arguments)
 
     results = [read_result(path) for path in find_results(options.runs)]

@@ -1,35 +1,25 @@
-"""Compose the demo's data: an image folder, a small COCO and a small ADE20K of textured shapes on
-photographs.
+"""Compose the demo's data: an image folder, a small COCO and a small ADE20K of shapes on photographs.
 
 posfield toy-data --output toy
 """
 
-import argparse
 import time
 from pathlib import Path
 
+from pretrain.cli import command_parser
 from pretrain.data.toy_sets import write_toy_data
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="gets images/, coco/, ade/, toy.json"
-    )
-    parser.add_argument(
-        "--images", type=int, default=400, help="pictures without labels, for pre-training (%(default)s)"
-    )
-    parser.add_argument("--train", type=int, default=240, help="labeled training pictures (%(default)s)")
-    parser.add_argument(
-        "--val", type=int, default=60, help="labeled pictures of held-out photographs (%(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=160, help="short side in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (%(default)s)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace toy data that the folder already holds"
-    )
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="gets images/, coco/, ade/, toy.json")
+    add("--images", type=int, default=400, help="pictures without labels, for pre-training (%(default)s)")
+    add("--train", type=int, default=240, help="labeled training pictures (%(default)s)")
+    add("--val", type=int, default=60, help="labeled pictures of held-out photographs (%(default)s)")
+    add("--size", type=int, default=160, help="short side in pixels (%(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other pictures (%(default)s)")
+    add("--overwrite", action="store_true", help="replace toy data that the folder already holds")
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()

@@ -1,14 +1,12 @@
-"""Pre-train a backbone: ``posfield pretrain --config configs/pretrain/toy.yaml data.root=photos
-run.output=runs/toy``."""
+"""Pre-train: ``posfield pretrain --config configs/pretrain/toy.yaml data.root=photos run.output=runs/toy``."""
 
 import os
 
 # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import argparse
-
 from pretrain import distributed
+from pretrain.cli import command_parser
 from pretrain.config import load_config
 from pretrain.errors import Interrupted
 from pretrain.train import train
@@ -16,18 +14,13 @@ from pretrain.train import train
 
 def main(arguments: list[str]) -> None:
     """Parse, build, train."""
-    parser = argparse.ArgumentParser(
-        description="Self-supervised pre-training; posfield config prints every key."
-    )
-    parser.add_argument(
-        "--config",
-        help="a YAML file, e.g. configs/pretrain/toy.yaml, or a recipe by name; without: intertwined-100ep",
-    )
-    parser.add_argument("--resume", nargs="?", const="auto", default="", metavar="auto|ITERATION|DIR",
-                        help="go on from the newest whole checkpoint in run.output (auto), or the one named")  # fmt: skip
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64"
-    )
+    parser = command_parser("Self-supervised pre-training; posfield config prints every key.")
+    add = parser.add_argument
+    files = "a YAML file, e.g. configs/pretrain/toy.yaml, or a recipe by name; without: intertwined-100ep"
+    add("--config", help=files)
+    newest = "go on from the newest whole checkpoint in run.output (auto), or the one named"
+    add("--resume", nargs="?", const="auto", default="", metavar="auto|ITERATION|DIR", help=newest)
+    add("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")
     options = parser.parse_intermixed_args(arguments)
     if "=" in options.resume:  # `--resume key=value`: --resume stands alone
         options.overrides, options.resume = [options.resume, *options.overrides], "auto"

@@ -6,7 +6,7 @@ include the last one, so 1 is subtracted from the first corner. Difficult and tr
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,16 @@ def read_boxes(
             raise UserError(f"no_hard: {root} is a COCO set, which marks no object as difficult")
         images = read_coco(root, split or "val2017", wanted)
     else:
-        raise UserError(
-            f"{root} holds neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)"
-        )
+        told = "neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)"
+        raise UserError(f"{root} holds {told}")
     if not images:
         raise UserError(f"no image of {root} has a box")
     return images
 
 
 def _voc_root(root: Path) -> Path | None:
-    found = [
-        folder for folder in (root, *sorted(root.glob("VOCdevkit/VOC2*"))) if (folder / "JPEGImages").is_dir()
-    ]
+    places = root, *sorted(root.glob("VOCdevkit/VOC2*"))
+    found = [folder for folder in places if (folder / "JPEGImages").is_dir()]
     if len(found) > 1:
         raise UserError(f"{root} holds several sets: name one of {', '.join(map(str, found))}")
     return found[0] if found else None
@@ -82,18 +80,13 @@ def _voc_root(root: Path) -> Path | None:
 def read_voc(
     root: Path, split: str, no_hard: bool = False, names: list[str] | None = None
 ) -> list[BoxedImage]:
-    """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of
-    :func:`read_boxes`."""
+    """The images of ``ImageSets/Main/SPLIT.txt``, or of ``names``, in order; errors: :func:`read_boxes`."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
     known = listed_stems(file)
     if names is not None and (absent := set(names) - set(known)):
         raise UserError(f"{file} does not name {min(absent)!r}, which the list does")
-    images = []
-    for name in names or known:
-        boxes = read_voc_xml(root / "Annotations" / f"{name}.xml", no_hard)
-        if len(boxes):
-            images.append(BoxedImage(root / "JPEGImages" / f"{name}.jpg", boxes))
-    return images
+    boxes = {name: read_voc_xml(root / "Annotations" / f"{name}.xml", no_hard) for name in names or known}
+    return [BoxedImage(root / "JPEGImages" / f"{name}.jpg", of) for name, of in boxes.items() if len(of)]
 
 
 def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
@@ -106,23 +99,20 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
         content = file.read_bytes()
         # entities can expand without end
         if len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-            raise UserError(f"{file}: an annotation has no document type, and at most {MAX_XML_BYTES} bytes")
+            raise ValueError(f"it should have no document type, and at most {MAX_XML_BYTES} bytes")
         tree = ElementTree.fromstring(content)
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: no readable annotation ({error})") from error
     boxes = []
     for number, element in enumerate(tree.findall("object"), 1):
         try:
             box = [float(element.findtext(f"bndbox/{corner}", "")) for corner in CORNERS]
         except ValueError as error:
-            raise UserError(
-                f"{file}: object {number} has no bndbox of four numbers {', '.join(CORNERS)}"
-            ) from error
+            told = f"object {number} has no bndbox of four numbers {', '.join(CORNERS)}"
+            raise UserError(f"{file}: {told}") from error
         if not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
             raise UserError(f"{file}: object {number} has the bndbox {box}, which is no box")
-        hard = "1" in (element.findtext("difficult", "0").strip(), element.findtext("truncated", "0").strip())
+        hard = any(element.findtext(mark, "0").strip() == "1" for mark in ("difficult", "truncated"))
         if not (hard and no_hard):
             boxes.append([box[0] - 1, box[1] - 1, *box[2:]])
     return np.array(boxes, np.float64).reshape(-1, 4)
@@ -132,13 +122,16 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
 
 
 def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[BoxedImage]:
-    """The images of ``annotations/instances_SPLIT.json`` in its order, or those of ``names``; errors are
-    :func:`read_boxes`'s."""
+    """The images of ``annotations/instances_SPLIT.json`` or of ``names``; errors: :func:`read_boxes`."""
     file = root / "annotations" / f"instances_{split}.json"
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
     if folder is None:
         raise UserError(f"{root}: no folder {split}/ or images/{split}/")
-    content = _json(file)
+    content = read_mapping(file, "data")
+    for key in ("images", "annotations"):
+        entries = content.get(key)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{file}: {key!r} is no list of objects")
     files = {_whole(file, image, "images", "id"): folder / _name(file, image) for image in content["images"]}
     boxes: dict[int, list[list[float]]] = {id: [] for id in files}
     for entry in content["annotations"]:
@@ -148,22 +141,11 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
         box = _coco_box(file, entry)
         if not entry.get("iscrowd"):
             boxes[image].append(box)
-    chosen: Iterable[int] = files
-    if names is not None:
-        by_name = {path.stem: id for id, path in files.items()}
-        if absent := set(names) - set(by_name):
-            raise UserError(f"{file} has no image {min(absent)!r}, which the list names")
-        chosen = [by_name[name] for name in names]
+    by_name = {path.stem: id for id, path in files.items()}
+    if absent := set(names or ()) - set(by_name):
+        raise UserError(f"{file} has no image {min(absent)!r}, which the list names")
+    chosen = files if names is None else [by_name[name] for name in names]
     return [BoxedImage(files[id], np.array(boxes[id], np.float64)) for id in chosen if boxes[id]]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    content = read_mapping(file, "data")
-    for key in ("images", "annotations"):
-        entries = content.get(key)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{file}: {key!r} is no list of objects")
-    return content
 
 
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
@@ -177,22 +159,17 @@ def _name(file: Path, image: Mapping[str, Any]) -> str:
     """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(
-            f"{file}: image {image['id']} has the file_name {name!r}, which is no file of the set"
-        )
+        told = f"image {image['id']} has the file_name {name!r}"
+        raise UserError(f"{file}: {told}, which is no file of the set")
     return name
 
 
 def _coco_box(file: Path, entry: Mapping[str, Any]) -> list[float]:
     box = entry.get("bbox")
-    numbers = (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
-    )
-    if not numbers or box[2] < 0 or box[3] < 0:  # type: ignore[index]
-        raise UserError(
-            f"{file}: annotation {entry.get('id')} has the bbox {box!r}, which is no (x, y, width, height)"
-        )
-    x, y, width, height = box  # type: ignore[misc]
+    given = box if isinstance(box, list) else []
+    numbers = [v for v in given if isinstance(v, int | float) and math.isfinite(v)]
+    if not len(numbers) == len(given) == 4 or min(numbers[2:]) < 0:
+        told = f"annotation {entry.get('id')} has the bbox {box!r}"
+        raise UserError(f"{file}: {told}, which is no (x, y, width, height)")
+    x, y, width, height = numbers
     return [float(round(value)) for value in (x, y, x + width, y + height)]

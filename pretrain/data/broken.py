@@ -21,18 +21,16 @@ class BrokenFiles:
     def record(self, n_read: int, failed: Iterable[str]) -> None:
         """Count images that were read, and the reads that failed before them (each time)."""
         failed = list(failed)
-        self.n_read += n_read
-        self.n_failed += len(failed)
-        self.files.update(failed)
+        self.add([{"n_read": n_read, "n_failed": len(failed), "files": failed}])
 
     def add(self, states: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add the accounts of all ranks; returns the new images, sorted."""
-        states = list(states)
-        new = sorted({name for state in states for name in state["files"]} - self.files)
-        self.n_read += sum(state["n_read"] for state in states)
-        self.n_failed += sum(state["n_failed"] for state in states)
-        self.files.update(new)
-        return new
+        before = set(self.files)
+        for state in states:
+            self.n_read += state["n_read"]
+            self.n_failed += state["n_failed"]
+            self.files.update(state["files"])
+        return sorted(self.files - before)
 
     def share(self) -> float:
         """Share of failed reads among all; 0 before the first."""
@@ -43,25 +41,18 @@ class BrokenFiles:
         return self.n_read + self.n_failed >= at_least and self.share() > share
 
     def told(self, most: int = 20) -> list[str]:
-        """Lines for the end of a run: the counts, and the first images by name; empty if all could be
-        read."""
-        if not self.files:
-            return []
-        counts = (
-            f"{len(self.files)} broken images; {self.n_failed} of {self.n_read + self.n_failed} reads failed"
-        )
-        lines = [f"{counts} ({self.share():.2%})", *(f"  {name}" for name in sorted(self.files)[:most])]
-        more = len(self.files) - most
-        return [*lines, f"  and {more} more: see {FILE_NAME}"] if more > 0 else lines
+        """Lines for the end of a run: the counts, and the first images by name; none if all could be read."""
+        n, n_reads = len(self.files), self.n_read + self.n_failed
+        counts = f"{n} broken images; {self.n_failed} of {n_reads} reads failed ({self.share():.2%})"
+        more = [f"  and {n - most} more: see {FILE_NAME}"] if n > most else []
+        return [counts, *(f"  {name}" for name in sorted(self.files)[:most]), *more] if n else []
 
     def write(self, folder: Path) -> None:
-        """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; no file without
-        any."""
+        """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; none: no file."""
         if self.files:
             lines = "".join(f"{name}\n" for name in sorted(self.files))
             (folder / FILE_NAME).write_text(lines, encoding="utf-8", errors="backslashreplace")
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for the other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same
-        account."""
+        """Plain values, for other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same account."""
         return {"n_read": self.n_read, "n_failed": self.n_failed, "files": sorted(self.files)}

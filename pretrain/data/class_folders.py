@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """One part of a folder of classes, ``PART/CLASS/*``: ImageNet's layout.
+    """One part of a folder of classes.
 
     Attributes:
         folder: of the part.
@@ -51,30 +51,26 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     Raises:
         UserError: a folder that is missing or holds no image, a class of val without an image in train.
     """
-    train, val = (_list(Path(root) / part) for part in ("train", "val"))
-    classes = tuple(train)
+    folders = Path(root) / "train", Path(root) / "val"
+    train, val = map(_list, folders)
     if missing := [name for name in val if name not in train]:
         raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
-    parts = []
-    for part, found in (("train", train), ("val", val)):
-        files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
-        parts.append(ClassFolder(Path(root) / part, classes, files))
-    return parts[0], parts[1]
+
+    def part(folder: Path, found: dict[str, list[str]]) -> ClassFolder:
+        files = [(number, file) for number, name in enumerate(train) for file in found.get(name, ())]
+        return ClassFolder(folder, tuple(train), files)
+
+    return part(folders[0], train), part(folders[1], val)
 
 
 def _list(folder: Path) -> dict[str, list[str]]:
     """Names of the images by class, both sorted; classes without one are left out."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    found = {}
-    for name in classes:
-        with os.scandir(folder / name) as entries:
-            files = sorted(entry.name for entry in entries if is_image(os.fsencode(entry.name)))
-        if files:
-            found[name] = files
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    listed = {at.name: sorted(f for f in os.listdir(at) if is_image(os.fsencode(f))) for at in classes}
+    found = {name: files for name, files in listed.items() if files}
     if not found:
-        what = f"CLASS/*{'|'.join(SUFFIXES)}"
-        raise UserError(f"no image {what} in {folder}: a folder for each class is needed")
+        kinds = "|".join(SUFFIXES)
+        raise UserError(f"no image CLASS/*{kinds} in {folder}: a folder for each class is needed")
     return found

@@ -21,9 +21,9 @@ import warnings
 import zlib
 
 import numpy as np
-import torch
 from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
-from torch.nn import functional
+
+from pretrain.views.pixels import resize
 
 try:
     import simplejpeg
@@ -43,8 +43,7 @@ MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; encoders 
 MAX_SIDE_PX = 2**24  # from twice this on a row is too long for PIL, which then says that there is no memory
 FILLER = bytes(16)  # what a Huffman decoder may look ahead
 
-# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines from the workers of
-# a run.
+# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines in a run
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -70,11 +69,9 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
         image = _open(data, max_mpx)
         pixels = _pixels(image, data, max_side_px)
         return np.ascontiguousarray(_upright(_bounded(pixels, max_side_px), image))
-    except BrokenImage:
-        raise
     # PIL raises many kinds: OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error
     except Exception as error:
-        if isinstance(error, MemoryError) and image is not None:
+        if isinstance(error, BrokenImage) or isinstance(error, MemoryError) and image is not None:
             raise
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -110,7 +107,6 @@ def _pixels(image: ImageFile.ImageFile, data: bytes, max_side_px: int) -> np.nda
 
 
 def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
-    """uint8 [H, W, 3], as PIL converts."""
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -127,24 +123,15 @@ def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px:
         except ValueError:
             pass  # PIL judges
     pixels = _rgb(image)
-    if _is_filled(pixels[-1, -1]) and _ends_early(data, image.layers):
+    # The luma of the last pixel may be the gray of missing data; its color may come from the block before
+    if abs(pixels[-1, -1] @ [0.299, 0.587, 0.114] - 128) < 2 and _ends_early(data, image.layers):
         raise BrokenImage("JPEG data ends before the picture")
     return pixels
 
 
-def _is_filled(pixel: np.ndarray) -> bool:
-    """Whether the luma of the last pixel may be the gray of missing data; its color may come from the block
-    before."""
-    return bool(abs(pixel @ [0.299, 0.587, 0.114] - 128) < 2)
-
-
 def _ends_early(data: bytes, n_components: int) -> bool:
     """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error)
-    before the image.
-
-    This is for an image that ends in gray, with which libjpeg fills missing data. The JPEG is decoded again
-    without what follows its coded data, so that a decoder which needs more reports it.
-    """
+    before the image: decoded again without what follows, a decoder which needs more reports it."""
     at, marker, restarts = 2, 0, False
     while marker != 0xDA:  # to the start of the scan, segment by segment
         if data[at] != 0xFF:
@@ -189,12 +176,7 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
     scale = max_side_px / max(height, width)
     if not max_side_px or scale >= 1:
         return pixels
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    # [1, 3, H, W] with the channels last in memory: twice as fast as planes
-    stored = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    return (
-        functional.interpolate(stored, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-    )
+    return resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def _upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:

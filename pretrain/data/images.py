@@ -3,25 +3,26 @@
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import functional as transforms
 
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
-from pretrain.views.pixels import normalize
+from pretrain.views.pixels import normalize, resize
 
 MAX_PATCHES = 16_384  # of one image: an N x N matrix takes 1 GiB
 READ_AHEAD = 64  # images in memory at a time, encoded or processed
@@ -55,31 +56,24 @@ def read_images(data: DataSettings, most: int, make: Callable[[np.ndarray], Made
     Raises:
         UserError: the source is bad (names its key); no image can be read.
     """
-    source = open_source(data)
+    source, one_at_a_time = open_source(data), Lock()
 
-    def encoded() -> Iterator[tuple[str, bytes | BrokenImage]]:
-        for index in spread(range(len(source)), most):
-            try:
-                yield source.name(index), source.read(index)
-            except BrokenImage as error:
-                yield source.name(index), error
-
-    def made(image: tuple[str, bytes | BrokenImage]) -> tuple[str, Made | None, str]:
-        name, content = image
-        if isinstance(content, BrokenImage):
-            return name, None, str(content)
+    def read(index: int) -> Made | BrokenImage:
         try:
-            return name, make(decode(content, max_mpx=data.max_mpx)), ""
+            with one_at_a_time:
+                content = source.read(index)
+            return make(decode(content, max_mpx=data.max_mpx))
         except BrokenImage as error:
-            return name, None, str(error)
+            return error
 
     found: Images[Made] = Images([], [], [])
-    for name, picture, reason in in_threads(made, encoded()):
-        if picture is None:
-            found.broken.append(f"{name}: {reason}")
+    indices = spread(range(len(source)), most)
+    for name, made in zip(map(source.name, indices), in_threads(read, indices)):
+        if isinstance(made, BrokenImage):
+            found.broken.append(f"{name}: {made}")
         else:
             found.names.append(name)
-            found.pixels.append(picture)
+            found.pixels.append(made)
     if not found.names:
         raise UserError(
             f"none of the {len(found.broken)} images of {data.root} can be read; the first: {found.broken[0]}"
@@ -106,18 +100,16 @@ def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
         pixels: uint8 [H, W, 3].
         crop: take the central square; else squeeze the whole image.
     """
-    height, width = pixels.shape[:2]
     if crop:
-        short = min(height, width)
-        top, left = (height - short) // 2, (width - short) // 2
+        short = min(pixels.shape[:2])
+        top, left = ((side - short) // 2 for side in pixels.shape[:2])
         pixels = pixels[top : top + short, left : left + short]
     return resized(pixels, (side_px, side_px))
 
 
 def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
     """An image uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    return F.interpolate(image, size=size_px, mode="bicubic", antialias=True)[0].contiguous()
+    return torch.from_numpy(resize(np.ascontiguousarray(pixels), size_px)).permute(2, 0, 1).contiguous()
 
 
 def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
@@ -145,16 +137,8 @@ def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
     Returns:
         uint8 [3, crop, crop].
     """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
-    left, top = (round((side - crop_px) / 2) for side in size)
-    resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
-    return (
-        torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy())
-        .permute(2, 0, 1)
-        .contiguous()
-    )
+    image = transforms.resize(Image.fromarray(pixels), resize_px, transforms.InterpolationMode.BICUBIC)
+    return transforms.pil_to_tensor(transforms.center_crop(image, crop_px)).contiguous()
 
 
 def pixels_of(image: AnyImage) -> np.ndarray:
@@ -170,13 +154,9 @@ def pixels_of(image: AnyImage) -> np.ndarray:
         return read_picture(Path(image))
     if isinstance(image, Image.Image):
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    if (
-        not isinstance(image, np.ndarray)
-        or image.dtype != np.uint8
-        or image.shape[2:] not in ((), (3,))
-        or image.ndim < 2
-    ):
-        told = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    is_array = isinstance(image, np.ndarray)
+    if not is_array or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
+        told = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
         raise UserError(f"an image is a path, a PIL image or a uint8 array [H, W, 3] or [H, W], not {told}")
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
@@ -199,8 +179,7 @@ def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
 
 
 def content_hash(images: Tensor) -> str:
-    """12 hex digits of the SHA-256 of uint8 pixels on the CPU: tells whether two analyses saw the same
-    pixels."""
+    """12 hex digits of the SHA-256 of uint8 pixels on the CPU: two analyses saw the same."""
     return hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:12]
 
 

@@ -1,5 +1,4 @@
-"""From image files to batches. All random numbers are drawn from (seed, stream, sample index): no worker,
-rank or resume changes them.
+"""From image files to batches. Random numbers depend on seed, stream and sample index alone.
 
 ``data.path`` chooses one of two data paths. ``cpu`` makes the crops in the workers. With ``device`` the
 workers only decode and draw; the crops are made when the batch moves to the device
@@ -40,9 +39,7 @@ from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.pixels import Pixels, render
 
 MAX_TRIES = 16  # unreadable images in a row before a run gives up
-DEVICE_SIDE_PX = (
-    512  # longest side on the device path if `data.max_side_px` is 0: the largest image sets the canvas
-)
+DEVICE_SIDE_PX = 512  # longest side on the device path without `data.max_side_px`: it sets the canvas
 CANVAS_STEP_PX = 32  # few sizes of canvases, so that the device's memory is reused
 
 PLAIN = PositionSettings(encoding="standard", augment=False)  # for a method that reads no positions
@@ -77,9 +74,8 @@ def draw(
     rngs = [generator(seed, VIEWS, i) for i in sample_indices]
     views = draw_views(sizes_px, rules.crops, rules.positions or PLAIN, rngs, rules.tied)
     rngs = [generator(seed, COLORS, i) for i in sample_indices]
-    return views, draw_colors(
-        views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals
-    )
+    n_views, n_global = views.flips.shape[1], views.n_global
+    return views, draw_colors(n_views, n_global, rules.color, rngs, rules.crops.plain_globals)
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
@@ -112,17 +108,14 @@ class ViewsDataset(Dataset[Sample | Decoded]):
 
     def __getitem__(self, sample_index: int) -> Sample | Decoded:
         image, broken = self.read(sample_index)
-        if self.on_device:
-            return Decoded(sample_index, image, broken)
-        return self.sample(sample_index, image, broken)
+        made = Decoded if self.on_device else self.sample
+        return made(sample_index, image, broken)
 
     def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
         """The views of a sample, made in this process."""
-        rules = self.rules
+        rules, sides = self.rules, self.rules.crops
         views, colors = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
-        crops = render(
-            image, views, colors, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px
-        )
+        crops = render(image, views, colors, rules.color, global_px=sides.global_px, local_px=sides.local_px)
         return Sample(sample_index, *crops, views, broken)
 
     def read(self, sample_index: int) -> tuple[Pixels, tuple[str, ...]]:
@@ -162,16 +155,11 @@ class Collate:
 
     def crops(self, samples: Sequence[Sample]) -> Batch:
         """A batch of crops that the worker made."""
-        boxes, flips, positions = (
-            torch.cat([getattr(s.views, name) for s in samples])
-            for name in ("boxes", "flips", "position_boxes")
-        )
-        return Batch(
-            view_major([s.global_crops for s in samples]),
-            view_major([s.local_crops for s in samples]),
-            replace(samples[0].views, boxes=boxes, flips=flips, position_boxes=positions),
-            self.masks(samples),
-        )
+        tensors = ("boxes", "flips", "position_boxes")
+        boxes, flips, positions = (torch.cat([getattr(s.views, name) for s in samples]) for name in tensors)
+        views = replace(samples[0].views, boxes=boxes, flips=flips, position_boxes=positions)
+        global_crops, local_crops = ([s.global_crops for s in samples], [s.local_crops for s in samples])
+        return Batch(view_major(global_crops), view_major(local_crops), views, self.masks(samples))
 
     def canvas(self, images: Sequence[Decoded]) -> CanvasBatch:
         """A batch of images whose crops the training device will make."""
@@ -202,8 +190,7 @@ def view_major(crops: Sequence[Tensor]) -> Tensor:
 
 
 def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
-    """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], and their sizes [B, 2]. The rest of the canvas is
-    undefined."""
+    """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], undefined beside them; and their sizes [B, 2]."""
     sizes_px = np.array([image.shape[:2] for image in images], np.float64)
     height, width = (int(-(-side // CANVAS_STEP_PX) * CANVAS_STEP_PX) for side in sizes_px.max(0))
     canvas = batch_memory(len(images), height, width, 3)
@@ -213,11 +200,9 @@ def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
 
 
 def batch_memory(*shape: int) -> Tensor:
-    """Undefined uint8 [shape] for a batch. A worker allocates memory that is shared with the trainer, which
-    saves a copy.
+    """Undefined uint8 [shape] for a batch; in a worker it is shared with the trainer, which saves a copy.
 
-    It is never NumPy's memory: NumPy requests large pages for large arrays, and finding them took longer than
-    decoding.
+    It is never NumPy's, which requests large pages for large arrays: finding them took longer than decoding.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
@@ -226,8 +211,7 @@ def batch_memory(*shape: int) -> Tensor:
 
 
 def build_dataset(config: Any) -> ViewsDataset:
-    """The images and views of a run, from a method's ``Settings``. ``data.path=auto`` is the device path on
-    CUDA."""
+    """The images and views of a run, from a method's ``Settings``; ``data.path=auto``: device on CUDA."""
     data, path = config.data, config.data.path
     on_device = path == "device" or path == "auto" and choose_device(config.run.device).type == "cuda"
     return ViewsDataset(
@@ -244,8 +228,7 @@ def build_dataset(config: Any) -> ViewsDataset:
 def build_loader(
     config: Any, dataset: ViewsDataset, start_iter: int, end_iter: int, pin_memory: bool = False
 ) -> DataLoader:
-    """This rank's batches, each with the images that could not be read, from an iteration to the end of the
-    run.
+    """This rank's batches from an iteration to another, each with the images that could not be read.
 
     With ``step.accumulate`` = A, an iteration is A consecutive batches: equal parts of the rank's share, with
     their rows of the iteration's masks.
@@ -255,10 +238,8 @@ def build_loader(
     if batch_size % n_ranks:
         raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {n_ranks} ranks")
     if batch_size // n_ranks % n_micro_batches:
-        share = f"a rank's {batch_size // n_ranks} images"
-        raise UserError(
-            f"config: step.accumulate={n_micro_batches} does not divide {share} (optim.batch_size={batch_size})"
-        )
+        share = f"a rank's {batch_size // n_ranks} images (optim.batch_size={batch_size})"
+        raise UserError(f"config: step.accumulate={n_micro_batches} does not divide {share}")
     sampler = SampleIndices(start_iter, end_iter, batch_size, distributed.rank(), n_ranks, n_micro_batches)
     return DataLoader(
         dataset,
@@ -271,9 +252,8 @@ def build_loader(
 
 
 def _worker(number: int) -> None:
-    """There are many workers, so each has one thread."""
     start_worker()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # there are many workers
     cv2.setNumThreads(0)
     keep_memory()
 
@@ -281,8 +261,7 @@ def _worker(number: int) -> None:
 def keep_memory() -> None:
     """Let the C library keep freed memory of up to 64 MB for the next images.
 
-    glibc returns it to the system after each image, and faulting it in again costs a fifth of decoding. Its
-    limit becomes twice the largest block that was ever freed, up to blocks of 32 MB. Other C libraries ignore
-    this.
+    glibc returns it to the system after each image; faulting it in again costs a fifth of decoding. Its limit
+    becomes twice the largest block ever freed, up to blocks of 32 MB. Other C libraries ignore this.
     """
     np.empty(31 << 20, np.uint8)  # freed at once

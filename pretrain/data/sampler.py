@@ -1,5 +1,4 @@
-"""The order of the images, a pure function of the seed: a run resumes at any iteration with any number of
-workers.
+"""The order of the images, a pure function of the seed: a run resumes anywhere, with any number of workers.
 
 A *sample index* is the position of a sample in the whole run: iteration * batch size + position in the batch.
 Each epoch is a permutation; samples that do not fill a batch at its end are left for later epochs.
@@ -71,8 +70,7 @@ class SampleIndices(Sampler[list[int]]):
         size = self.share // self.n_micro_batches
         for iteration in self.iterations:
             first = iteration * self.batch_size + self.rank * self.share
-            for i in range(self.n_micro_batches):
-                yield list(range(first + i * size, first + (i + 1) * size))
+            yield from (list(range(at, at + size)) for at in range(first, first + self.share, size))
 
     def __len__(self) -> int:
         return len(self.iterations) * self.n_micro_batches

@@ -78,14 +78,12 @@ def photographs_of(split: str) -> list[str]:
 
 
 def _locate(file: str) -> Path:
-    package, name, inside = ("skimage", "scikit-image", "data")
-    if file in SKLEARN_PHOTOGRAPHS:
-        package, name, inside = ("sklearn", "scikit-learn", "datasets/images")
+    of_sklearn = "sklearn", "scikit-learn", "datasets/images"
+    package, name, inside = of_sklearn if file in SKLEARN_PHOTOGRAPHS else ("skimage", "scikit-image", "data")
     spec = importlib.util.find_spec(package)  # finds the folder without the cost of the import
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"the toy data is made of photographs in {name}, not installed: pip install scikit-image scikit-learn"
-        )
+        told = f"the toy data is made of photographs in {name}, not installed"
+        raise UserError(f"{told}: pip install scikit-image scikit-learn")
     path = Path(spec.submodule_search_locations[0]) / inside / file
     if not path.is_file():
         raise UserError(f"{path} is missing in the installed {name}: pip install --force-reinstall {name}")
@@ -103,8 +101,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _crop(random: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly
-    recolored."""
+    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, recolored."""
     photograph = _photograph(name)
     scale = min(photograph.shape[0] / height, photograph.shape[1] / width) * random.uniform(0.4, 1.0)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -129,12 +126,10 @@ def _place(random: np.random.Generator, height: int, width: int) -> _Object:
     waves, depth, phase = random.integers(2, 5), random.uniform(0, 0.06), random.uniform(0, 2 * np.pi)
 
     outlines = []
-    for distances in SHAPES[CLASSES[kind]]:
-        points = _outline(distances)
-        theta = np.arctan2(points[:, 1], points[:, 0])
-        points = points * (1 + depth * np.sin(waves * theta + phase))[:, None]
+    for points in map(_outline, SHAPES[CLASSES[kind]]):
+        bend = 1 + depth * np.sin(waves * np.arctan2(points[:, 1], points[:, 0]) + phase)
         # OpenCV: 1/16 pixel
-        outlines.append(np.round((points @ to_picture.T + center) * 16).astype(np.int32))
+        outlines.append(np.round((points * bend[:, None] @ to_picture.T + center) * 16).astype(np.int32))
 
     canvas = np.zeros((height, width), np.uint8)
     # even-odd: the second outline is a hole
@@ -156,10 +151,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
-    """The objects worth drawing, back to front, each with its visible part [H, W] bool.
-
-    From front to back, so that an object which is left out covers none of those behind it.
-    """
+    """The objects worth drawing, back to front, each with its visible part [H, W] bool."""
     covered = np.zeros(objects[0].alpha.shape, bool)
     kept = []
     for item in reversed(objects):
@@ -174,8 +166,7 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
 def _surface(
     random: np.random.Generator, item: _Object, names: list[str], light: float
 ) -> tuple[np.ndarray, str]:
-    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind
-    it."""
+    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and its photograph."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
     name = str(random.choice(names))
     height, width = item.alpha.shape

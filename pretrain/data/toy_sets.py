@@ -8,7 +8,6 @@ with a hole is cut through the hole into pieces without one.
 
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from pretrain.data.toy import CLASSES, SPLITS, Picture, compose, photographs, photographs_of
 from pretrain.errors import UserError
-from pretrain.files import put_in_place
+from pretrain.files import put_in_place, remove
 
 GENERATOR_VERSION = 1  # raise it when the same arguments give other images
 # of COCO, with a gap as in the real data set; class k is category CATEGORY_IDS[k]
@@ -37,9 +36,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
     n, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     polygons = []
     for part in (parts == k for k in range(1, n)):
-        _, outside = cv2.connectedComponents(
-            np.pad(~part, 1, constant_values=True).astype(np.uint8), connectivity=4
-        )
+        around = np.pad(~part, 1, constant_values=True).astype(np.uint8)
+        _, outside = cv2.connectedComponents(around, connectivity=4)
         holes = (outside[1:-1, 1:-1] > 1) & ~part  # outside[0, 0] is 1
         if holes.any():
             # the hole's first column
@@ -116,14 +114,12 @@ def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 24
             f"{folder} holds toy data of other arguments ({told}); another folder, or --overwrite"
         )
     photographs()  # a missing package is told before anything is removed or written
+    packages = {name: importlib.metadata.version(name) for name in ("numpy", "scikit-image", "scikit-learn")}
     record = {
         **request,
         "classes": dict(zip(CLASSES, CATEGORY_IDS)),
         "photographs": {split: photographs_of(split) for split in SPLITS},
-        "packages": {
-            name: importlib.metadata.version(name) for name in ("numpy", "scikit-image", "scikit-learn")
-        }
-        | {"opencv": cv2.__version__},
+        "packages": packages | {"opencv": cv2.__version__},
     }
     unfinished = _begin(folder, ours=existing is not None)
     for index in range(n_images):
@@ -145,9 +141,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         record = None
     if not isinstance(record, dict) or "generator" not in record:
-        raise UserError(
-            f"{path} is damaged or was not written by make_toy_data: remove it or give another folder"
-        )
+        told = "is damaged or was not written by make_toy_data: remove it or give another folder"
+        raise UserError(f"{path} {told}")
     return record
 
 
@@ -162,9 +157,8 @@ def _begin(folder: Path, ours: bool) -> Path:
         unfinished.touch()  # before anything is removed: an interrupted run must not pass for a finished one
     except OSError as error:
         raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
-    finished.unlink(missing_ok=True)
-    for path in present:
-        shutil.rmtree(path)
+    for path in (finished, *present):
+        remove(path)
     (folder / "images").mkdir()
     return unfinished
 
@@ -173,12 +167,8 @@ def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) ->
     """The same images as COCO (``coco/``) and as ADE20K (``ade/ADEChallengeData2016/``)."""
     coco, ade = folder / "coco", folder / "ade" / "ADEChallengeData2016"
     ade_split = {"train": "training", "val": "validation"}[split]
-    targets = [
-        coco / f"{split}2017",
-        ade / "images" / ade_split,
-        ade / "annotations" / ade_split,
-        coco / "annotations",
-    ]
+    images_and_maps = [ade / kind / ade_split for kind in ("images", "annotations")]
+    targets = [coco / f"{split}2017", *images_and_maps, coco / "annotations"]
     for target in targets:
         target.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []

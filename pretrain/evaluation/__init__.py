@@ -10,6 +10,7 @@ NumPy's own random state.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from pretrain.log import Progress
 from pretrain.signals import StopSignals
 
 LONG_S = 600.0  # longer work is announced
+Tick = Callable[[], object]  # called now and then in long work; what it raises ends that
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,13 @@ class Outcome:
         metrics: as ``result.json`` holds them: numbers in percent, or one a class by its name.
         maps: for images, by the evaluation's name: what it predicts for the first images of the validation
             part, [S, S] each, in 1 .. C.
+        wall_time_s, peak_memory_mib: what it cost, filled in by who runs it.
     """
 
-    metrics: dict[str, float | dict[str, float]]
+    metrics: dict[str, Any]
     maps: dict[str, list[NDArray[np.int32]]] = field(default_factory=dict)
+    wall_time_s: float = 0.0
+    peak_memory_mib: float = 0.0
 
 
 def check_signals(signals: StopSignals | None, where: str) -> None:

@@ -8,25 +8,23 @@ upper left corner); a class that does not occur is left out of the mean, and lab
 class, where theirs counts 151 with one IoU that is always 0.
 
 K-means gives the same each time on one machine: distances are of the data's dtype, of data moved to mean 0,
-sums are float64, and no step adds by scattering, the order of which a GPU leaves open. What is held beside
-the data is one chunk of distances.
+sums are float64, and no step adds by scattering, the order of which a GPU leaves open.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_long
 from pretrain.evaluation.features import FORWARD_BATCH, Features, Moments, ReadOut, finite
 from pretrain.evaluation.miou import count_pairs, greedy, hungarian, mean_iou
 from pretrain.settings import Settings, setting
@@ -91,7 +89,7 @@ def clustering(
     n_classes = len(val.classes)
     numbers = (n_classes, *settings.overclusters)
     _check(features, val, settings, numbers)
-    project, pool = _projected_pool(features, val, settings)
+    project, pool = _pool(features, val, settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     centers = _centers(pool, [(n, seed) for n in numbers for seed in seeds], settings, signals)
     counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centers}
@@ -107,7 +105,7 @@ def clustering(
                 shown += clusters[: n_shown - len(shown)]
     if not counts[n_classes, seeds[0]].any():
         raise UserError(f"{val.name}: the {val.part} part has no labeled pixel")
-    metrics: dict[str, float | dict[str, float]] = {}
+    metrics: dict[str, Any] = {}
     for n in numbers:
         match, name = (hungarian, "clustering") if n == n_classes else (greedy, f"clustering_k{n}")
         scores = [mean_iou(counts[n, seed], match(counts[n, seed])) for seed in seeds]
@@ -127,14 +125,12 @@ def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numb
     n_patches = min(len(val) * (side_px // patch_px) ** 2, settings.max_patches)
     if (n := max(numbers)) > n_patches:
         raise UserError(f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster")
-    if (n := min(numbers[1:], default=n_classes + 1)) <= n_classes:
-        what = f"overclusters K={n} is not more than the {n_classes} classes of {val.name}"
+    if few := [n for n in numbers[1:] if n <= n_classes]:
+        what = f"overclusters K={min(few)} is not more than the {n_classes} classes of {val.name}"
         raise UserError(f"clustering: {what}")
 
 
-def _projected_pool(
-    features: Features, val: LabelSet, settings: ClusteringSettings
-) -> tuple[ReadOut, Tensor]:
+def _pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tuple[ReadOut, Tensor]:
     """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all
     where there are no more."""
     backbone = features.backbone
@@ -197,9 +193,9 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     return 2.75 * seconds * settings.max_iterations * settings.restarts
 
 
-def _generator(n_clusters: int, seed: int) -> torch.Generator:
-    """On the CPU; the pool's is that of no cluster."""
-    return torch.Generator().manual_seed(n_clusters * 1_000_003 + seed)
+def _generator(n_clusters: int, seed: int) -> Generator:
+    """The pool's is that of no cluster."""
+    return Generator().manual_seed(n_clusters * 1_000_003 + seed)
 
 
 def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
@@ -209,62 +205,42 @@ def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
     return patches.unflatten(1, (grid, grid))[:, at[:, None], at]
 
 
-# --- K-means ----------------------------------------------------------------------------------------------
-
-
 class Clusters(NamedTuple):
-    """What K-means found: centers [K, D], of which some may be equal where there are fewer different rows than
-    clusters; the nearest of each row, [n] int64; the sum of the squared distances to them."""
+    """What K-means found."""
 
-    centers: Tensor
-    labels: Tensor
-    inertia: float
+    centers: Tensor  # [K, D], some of them equal where there are fewer different rows than clusters
+    labels: Tensor  # of each row, the nearest: [n] int64
+    inertia: float  # sum of the squared distances to them
 
 
-def nearest_centers(x: Tensor, centers: Tensor, chunk: int = CHUNK) -> Tensor:
+def nearest_centers(x: Tensor, centers: Tensor) -> Tensor:
     """The nearest of ``centers`` [K, D] for each row of ``x`` [n, D], the first of equals: [n] int64."""
     norms = centers.square().sum(1)  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all c
-    parts = _chunks(x, len(centers), chunk)
+    parts = _chunks(x, len(centers))
     return torch.cat([torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in parts])
 
 
-def lloyd(
-    x: Tensor,
-    centers: Tensor,
-    max_iterations: int = 100,
-    chunk: int = CHUNK,
-    tick: Callable[[], object] = lambda: None,
-) -> Clusters:
+def lloyd(x: Tensor, centers: Tensor, max_iterations: int = 100, tick: Tick = lambda: None) -> Clusters:
     """Lloyd's iterations of ``x`` [n, D] from given centers [K, D], until no row changes its cluster. An empty
-    cluster takes the row farthest from its center (as scikit-learn's).
-
-    Args:
-        chunk: distances held at a time, which bounds the memory.
-        tick: called after each iteration; what it raises ends them.
-    """
+    cluster takes the row farthest from its center (as scikit-learn's). ``tick`` is called after each
+    iteration; what it raises ends them."""
     mean = x.mean(0, dtype=torch.float64).to(x.dtype)
     x, centers = x - mean, centers - mean
-    labels = nearest_centers(x, centers, chunk)
+    labels = nearest_centers(x, centers)
     for _ in range(max_iterations):
-        before, centers = labels, _means(x, labels, centers, chunk)
-        labels = nearest_centers(x, centers, chunk)
+        before, centers = labels, _means(x, labels, centers)
+        labels = nearest_centers(x, centers)
         if torch.equal(labels, before):
             break
         tick()
-    return Clusters(centers + mean, labels, _distances(x, labels, centers, chunk).sum().item())
+    return Clusters(centers + mean, labels, _distances(x, labels, centers).sum().item())
 
 
-def spread_centers(
-    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None
-) -> Tensor:
+def spread_centers(x: Tensor, n_clusters: int, generator: Generator, tick: Tick = lambda: None) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
     those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
-    scikit-learn's). [K, D]; rows are taken twice only where there are fewer different ones.
-
-    Args:
-        generator: on the CPU.
-        tick: called after each center.
-    """
+    scikit-learn's). [K, D]; rows are taken twice only where there are fewer different ones. The generator is
+    on the CPU; ``tick`` is called after each center."""
     n_drawn = 2 + int(math.log(n_clusters))
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     nearest = _to_rows(x, chosen)  # [n, 1]
@@ -284,30 +260,29 @@ def spread_centers(
 def kmeans(
     x: Tensor,
     n_clusters: int,
-    generator: torch.Generator,
+    generator: Generator,
     n_restarts: int = 1,
-    max_iterations: int = 100,
-    chunk: int = CHUNK,
-    tick: Callable[[], object] = lambda: None,
+    most: int = 100,
+    tick: Tick = lambda: None,
 ) -> Clusters:
     """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
     arguments are theirs. A ValueError for more clusters than rows."""
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
     firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
-    runs = (lloyd(x, first, max_iterations, chunk, tick) for first in firsts)
+    runs = (lloyd(x, first, most, tick) for first in firsts)
     return min(runs, key=lambda run: run.inertia)
 
 
-def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
+def _means(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     n_clusters = len(centers)
     counts = torch.bincount(labels, minlength=n_clusters)
     sums = centers.new_zeros(centers.shape, dtype=torch.float64)
-    for part, own in zip(_chunks(x, n_clusters, chunk), _chunks(labels, n_clusters, chunk)):
+    for part, own in zip(_chunks(x, n_clusters), _chunks(labels, n_clusters)):
         members = own[:, None] == torch.arange(n_clusters, device=x.device)  # [c, K]
         sums += members.double().T @ part.double()
     if (empty := (counts == 0).nonzero().flatten()).numel():
-        distances = _distances(x, labels, centers, chunk)
+        distances = _distances(x, labels, centers)
         far = distances.topk(min(len(empty), len(x))).indices
         for cluster, row in zip(empty.tolist(), far[distances[far] > 0].tolist()):
             sums[labels[row]] -= x[row].double()
@@ -317,9 +292,9 @@ def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
     return torch.where(counts[:, None] > 0, means, centers)
 
 
-def _distances(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
+def _distances(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """Squared distance of each row to the center of its cluster; [n] float64."""
-    parts = zip(_chunks(x, x.shape[1], chunk), _chunks(labels, x.shape[1], chunk))
+    parts = zip(_chunks(x, x.shape[1]), _chunks(labels, x.shape[1]))
     return torch.cat([(part.double() - centers[own].double()).square().sum(1) for part, own in parts])
 
 
@@ -328,6 +303,6 @@ def _to_rows(x: Tensor, rows: list[int]) -> Tensor:
     return torch.cdist(x, x[rows], compute_mode="donot_use_mm_for_euclid_dist").double().square()
 
 
-def _chunks(x: Tensor, width: int, chunk: int) -> tuple[Tensor, ...]:
-    """Rows of ``x``, as many at a time as make ``chunk`` values of ``width``."""
-    return x.split(max(1, chunk // width))
+def _chunks(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Rows of ``x``, as many at a time as make ``CHUNK`` values of ``width``."""
+    return x.split(max(1, CHUNK // width))

@@ -19,14 +19,14 @@ import numpy as np
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel
+from pretrain.eval_model import EvalModel, UsedSettings
 from pretrain.evaluation import Outcome, check_signals
 from pretrain.evaluation.clustering import ClusteringSettings, clustering
 from pretrain.evaluation.features import Features
 from pretrain.evaluation.in_context import InContextSettings, in_context
 from pretrain.evaluation.knn import KnnSettings, knn_classification
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
-from pretrain.files import replacing
+from pretrain.files import write_json
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib
 from pretrain.results.schema import FILE_NAME, Protocol, read_result
@@ -80,9 +80,6 @@ N_IMAGES = {
 }
 
 
-# --- protocols --------------------------------------------------------------------------------------------
-
-
 def named_tasks(words: Iterable[str], what: str) -> tuple[str, ...]:
     """Tasks on a set with pixel labels, in the order of :data:`DENSE_TASKS`. A UserError for a word that is
     none, with ``what``: where the words stand."""
@@ -117,13 +114,11 @@ def settings_of(tasks: Sequence[str], words: Sequence[str] = (), seed: int = 0) 
     return {t: replaced(used, {SEED: seed}) if hasattr(used, SEED) else used for t, used in found.items()}
 
 
-def deviations_of_data(
-    set_name: str, n_images: tuple[int, int], max_images: int
-) -> dict[str, tuple[Any, Any]]:
+def deviations_of_data(set_name: str, n_images: tuple[int, int], max_images: int) -> UsedSettings:
     """(The protocol's, the run's) numbers of images.
 
     Args:
-        set_name: one of :data:`N_IMAGES`, or any other, of which there is no public number.
+        set_name: of :data:`N_IMAGES`; of any other set there is no public number.
         n_images: that the training and the validation part hold.
         max_images: that are used of each; 0: all.
     """
@@ -140,18 +135,6 @@ def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str,
         pairs = differences(type(used)(), used)
         changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEVIATION}
     return Protocol(name=f"{KIND}-{set_name}", version=VERSION, full=not changed, deviations=changed)
-
-
-# --- runs -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A task that was run: what it found, what it cost."""
-
-    outcome: Outcome
-    wall_time_s: float
-    peak_memory_mib: float
 
 
 @dataclass(frozen=True)
@@ -174,48 +157,43 @@ class Job:
     parts: Sequence[Part]
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
-    others: Mapping[str, tuple[Any, Any]]
+    others: UsedSettings
     seed: int = 0
     n_shown: int = 0
 
-    def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds
-        only how they were trained: one training with several seeds is one configuration."""
-        subject = self.subject
+    def config(self, *tasks: str) -> dict[str, Any]:
+        """All that the numbers of some tasks depend on, except the weights, of which it holds only how they
+        were trained: one training with several seeds is one configuration."""
+        of_subject = ("backbone", "patch_px", "source", "training")
         return {
             "set": self.set_name,
             "data": dict(self.data),
-            "backbone": subject.backbone,
-            "patch_px": subject.patch_px,
-            "source": subject.source,
-            "training": subject.training,
+            **{name: getattr(self.subject, name) for name in of_subject},
             **{name: pair[1] for name, pair in self.others.items()},
             SEED: self.seed,
-            **{task: as_dict(used) for task, used in self.settings.items() if tasks is None or task in tasks},
+            **{task: as_dict(used) for task, used in self.settings.items() if task in tasks},
         }
 
     def evaluate(self, task: str, features: Features, signals: StopSignals) -> Outcome:
-        """What a task finds. The images that it reads are counted; a signal stops it."""
+        """What a task finds, at what cost. The images that it reads are counted; a signal stops it."""
+        started = time.perf_counter()
         train, val = (watched(part, task, signals) for part in self.parts)
-        return EVALUATORS[task](features, train, val, self.settings[task], self.n_shown, signals)
+        found = EVALUATORS[task](features, train, val, self.settings[task], self.n_shown, signals)
+        wall_time_s = time.perf_counter() - started
+        return replace(found, wall_time_s=wall_time_s, peak_memory_mib=peak_memory_mib())
 
 
 def job_of(
     subject: EvalModel,
     parts: Sequence[Part],
     settings: Mapping[str, Any],
-    others: Mapping[str, tuple[Any, Any]],
-    seed: int = 0,
-    max_images: int = 0,
+    others: UsedSettings,
+    seed: int,
+    max_images: int,
     n_shown: int = 0,
 ) -> Job:
-    """The tasks on a set with a label a pixel, or k-NN on a folder of classes.
-
-    Args:
-        parts, settings, seed, n_shown: of :class:`Job`.
-        others: (the protocol's, this run's) values of what belongs neither to the data nor to a task.
-        max_images: of each part; 0: all.
-    """
+    """The tasks on a set with a label a pixel, or k-NN on a folder of classes; the arguments are those of
+    :class:`Job`, ``others`` without the data's, and at most ``max_images`` (0: all) of each part are used."""
     name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
     others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
     used = [part.first(max_images or len(part)) for part in parts]
@@ -224,29 +202,31 @@ def job_of(
         if isinstance(part, LabelSet):
             if part.departure:
                 others[f"{part.part}_set"] = ("as published", part.departure)
-            names = _hash([Path(image).name for image, _ in part.files])
+            names = config_hash({"names": [Path(image).name for image, _ in part.files]})
             data[part.part] = {"source": part.source, "images": len(part), "names": names}
             data["classes"] = list(parts[0].classes)
         elif isinstance(whole, ClassFolder):
-            data[part.folder.name] = {"images": len(whole), "names": _hash([file for _, file in whole.files])}
-            data["classes"] = {"number": len(part.classes), "names": _hash(part.classes)}
+            names = config_hash({"names": [file for _, file in whole.files]})
+            data[part.folder.name] = {"images": len(whole), "names": names}
+            names = config_hash({"names": list(part.classes)})
+            data["classes"] = {"number": len(part.classes), "names": names}
     return Job(subject, name, used, data, settings, others, seed, n_shown)
 
 
 def check_folder(job: Job, folder: Path, resume: bool) -> None:
     """Before anything is computed: a UserError if the folder holds another kind of run, or an evaluation that
     nothing says to go on with."""
-    if (folder / FILE_NAME).is_file():
+    if has_result := (folder / FILE_NAME).is_file():
         before = read_result(folder)
         if (before.kind, before.protocol.name) != (KIND, f"{KIND}-{job.set_name}"):
             kind = f"holds a run of another kind, {before.protocol.name}"
             raise UserError(f"--output: {folder} {kind}; choose another folder")
-    if not resume and ((folder / FILE_NAME).is_file() or any((folder / TASKS_FOLDER).glob("*.json"))):
+    if not resume and (has_result or any((folder / TASKS_FOLDER).glob("*.json"))):
         what = "already holds an evaluation; go on with --resume, or choose another folder"
         raise UserError(f"--output: {folder} {what}")
 
 
-def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dict[str, Finished]:
+def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dict[str, Outcome]:
     """Run the tasks of a job that ``folder`` does not hold yet, one after the other.
 
     Raises:
@@ -254,47 +234,34 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
             the names of these.
         Interrupted: there was a signal; the tasks finished so far are kept.
     """
-    weights, finished = file_hash(job.subject.path), {}
+    weights = file_hash(job.subject.path)
     # Read before the first hour: an error now where one differs
-    before = {
-        file.stem: _read(file, _identity(job, file.stem, weights))
-        for file in sorted((folder / TASKS_FOLDER).glob("*.json"))
-    }
+    files = sorted((folder / TASKS_FOLDER).glob("*.json"))
+    before = {file.stem: _read(file, _identity(job, file.stem, weights)) for file in files}
     for task in before:
-        print(
-            f"{task}: evaluated before" + ("" if task in job.settings else ", not asked for now"), flush=True
-        )
-    for task in job.settings:
-        if task in before:
-            finished[task] = before[task]
-            continue
+        print(f"{task}: evaluated before{'' if task in job.settings else ', not asked for now'}", flush=True)
+    for task in [task for task in job.settings if task not in before]:
         check_signals(signals, task)
-        started = time.perf_counter()
-        outcome = job.evaluate(task, features, signals)
-        done = finished[task] = Finished(outcome, time.perf_counter() - started, peak_memory_mib())
+        done = before[task] = job.evaluate(task, features, signals)
         _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, weights), done)
-        numbers = [
-            f"{name} {value:.2f}" for name, value in outcome.metrics.items() if isinstance(value, float)
-        ]
+        numbers = [f"{name} {value:.2f}" for name, value in done.metrics.items() if isinstance(value, float)]
         print(f"{task}: {', '.join(numbers)}, {done.wall_time_s:.0f} s", flush=True)
-    return finished
+    return {task: before[task] for task in job.settings}
 
 
-def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
+def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
     """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the
     tasks."""
     part = job.parts[-1]
-    return job.subject.write_result(
-        folder,
-        KIND,
-        protocol_of(job.set_name, job.settings, job.others),
-        job.config(),
-        {name: value for task in finished.values() for name, value in task.outcome.metrics.items()},
-        labels=part.description if isinstance(part, LabelSet) else "",
-        seed=job.seed,
-        wall_time_s=sum(task.wall_time_s for task in finished.values()),
-        peak_memory_mib=max(task.peak_memory_mib for task in finished.values()),
-    )
+    metrics = {name: value for task in finished.values() for name, value in task.metrics.items()}
+    others: dict[str, Any] = {
+        "labels": part.description if isinstance(part, LabelSet) else "",
+        "seed": job.seed,
+    }
+    others["wall_time_s"] = sum(task.wall_time_s for task in finished.values())
+    others["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())
+    protocol = protocol_of(job.set_name, job.settings, job.others)
+    return job.subject.write_result(folder, KIND, protocol, job.config(*job.settings), metrics, **others)
 
 
 def watched(part: Part, task: str, signals: StopSignals) -> Part:
@@ -314,16 +281,12 @@ def watched(part: Part, task: str, signals: StopSignals) -> Part:
     return replace(part, on_read=on_read)
 
 
-def _hash(names: Sequence[str]) -> str:
-    return config_hash({"names": list(names)})
-
-
 def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
-    identity: dict[str, Any] = json.loads(json.dumps({**job.config([task]), "weights_hash": weights}))
+    identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), "weights_hash": weights}))
     return identity
 
 
-def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
+def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:
     """A task that was finished before; a UserError if it cannot be read, or was run with another identity, of
     which the settings of a task that is not asked for are no part."""
     try:
@@ -331,8 +294,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             maps = {name: list(arrays[name]) for name in arrays.files}
         before = {key: value for key, value in content["of"].items() if key in identity or key not in TASKS}
-        metrics: dict[str, Any] = content["metrics"]
         cost = float(content["wall_time_s"]), float(content["peak_memory_mib"])
+        found = Outcome(dict(content["metrics"]), maps, *cost)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = f"no finished task can be read here ({type(error).__name__}: {error})"
         raise UserError(f"{file}: {reason}; remove it") from error
@@ -340,15 +303,13 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
         pairs = {key: f"{json.dumps(old)}, now {json.dumps(now)}" for key, (old, now) in changed.items()}
         told = [f"{key} ({pair})" if len(pair) < 80 else key for key, pair in sorted(pairs.items())]
         raise UserError(f"{file} is of another evaluation: {', '.join(told)}; choose another folder")
-    return Finished(Outcome(metrics, maps), *cost)
+    return found
 
 
-def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
+def _leave(file: Path, identity: Mapping[str, Any], done: Outcome) -> None:
     """The json is written last and in one step: where it exists, the task is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    maps: dict[str, Any] = {name: np.stack(some) for name, some in done.outcome.maps.items() if some}
+    maps: dict[str, Any] = {name: np.stack(some) for name, some in done.maps.items() if some}
     np.savez_compressed(file.with_suffix(".npz"), **maps)
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
-    content = {"of": identity, "metrics": done.outcome.metrics, **cost}
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(file, {"of": identity, "metrics": done.metrics, **cost})

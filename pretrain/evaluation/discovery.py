@@ -34,13 +34,15 @@ TIED = 1e-6
 HIT_IOU = 0.5  # CorLoc counts boxes with more than this, by the papers' rule; their code has "at least"
 
 Grid = tuple[int, int]
+Boxes = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 class Found(NamedTuple):
     """The object's patches [h, w] bool, and the patch that the method started from, (row, column)."""
 
-    mask: NDArray[np.bool_]
-    seed: tuple[int, int]
+    mask: Mask
+    seed: Grid
 
 
 def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
@@ -97,7 +99,7 @@ METHODS: Mapping[str, Callable[[Tensor, Grid], Found]] = {"lost": lost, "tokencu
 class Judged(NamedTuple):
     """A found box [4] in pixels of the image, its best IoU with a true one, and whether that is a hit."""
 
-    box: NDArray[np.float64]
+    box: Boxes
     iou: float
     hit: bool
 
@@ -110,7 +112,7 @@ class Judged(NamedTuple):
 def discover(
     features: Features,
     pixels: NDArray[np.uint8],
-    truth: NDArray[np.float64],
+    truth: Boxes,
     methods: Sequence[str],
     of: str = "keys",
     short_px: int = 0,
@@ -150,17 +152,14 @@ def _found(mask: Tensor, seed: int, grid: Grid) -> Found:
     return Found(component(mask.cpu().unflatten(0, grid).numpy(), at), at)
 
 
-def component(mask: NDArray[np.bool_], seed: tuple[int, int]) -> NDArray[np.bool_]:
+def component(mask: Mask, seed: Grid) -> Mask:
     """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column) in it."""
     assert mask[seed]
     labels = cv2.connectedComponents(np.ascontiguousarray(mask, np.uint8), connectivity=4)[1]
-    same: NDArray[np.bool_] = labels == labels[seed]
-    return same
+    return np.asarray(labels == labels[seed])
 
 
-def box_of(
-    mask: NDArray[np.bool_], patch_px: tuple[float, float], size_px: tuple[int, int]
-) -> NDArray[np.float64]:
+def box_of(mask: Mask, patch_px: tuple[float, float], size_px: Grid) -> Boxes:
     """The box (x0, y0, x1, y1) in pixels around the patches of a mask [h, w], cut off at the image's border.
 
     Args:

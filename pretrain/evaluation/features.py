@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.errors import UserError
+from pretrain.precision import at_least_float32
 from pretrain.views.pixels import normalize
 
 FORWARD_BATCH = 32  # images a forward pass: probes run beside a training that already fills the memory
@@ -58,22 +60,18 @@ class Features:
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
         for _, tokens in self._passes(images, position_masks):
-            yield Tokens(*map(_full, tokens))
+            yield Tokens(*map(at_least_float32, tokens))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
-        """Show the patch features of every layer to ``visitor(part, layer, patches)``, one layer at a time.
-
-        The pass is the backbone's own, looked at through hooks.
-
-        Args:
-            images, position_masks: those of a call.
-            visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n,
-                N, D].
-        """
+        """Show the patch features of every layer to ``visitor(part, layer, patches)``, one layer at a time:
+        which of the images (a slice), the layer's number in :func:`layer_names`, and [n, N, D]. The pass is
+        the backbone's own, looked at through hooks; images and masks are those of a call."""
         backbone, start = self.backbone, 0
 
         def show(layer: int, tokens: Tensor) -> None:
-            visitor(slice(start, start + FORWARD_BATCH), layer, _full(backbone.split(tokens).patches))
+            visitor(
+                slice(start, start + FORWARD_BATCH), layer, at_least_float32(backbone.split(tokens).patches)
+            )
 
         with ExitStack() as hooks:
             layers = [*backbone.blocks, *[backbone.norm] * backbone.model_kwargs["final_norm"]]
@@ -97,7 +95,7 @@ class Features:
         found: list[Tensor] = []
         last = self.backbone.blocks[-1]
         assert isinstance(last, Block)
-        keep = lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))  # noqa: E731
+        keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[1]))  # noqa: E731
         with last.attn.qkv.register_forward_hook(keep):
             for _ in self._passes(images):
                 pass
@@ -144,9 +142,8 @@ def whole_patches(image_px: int, features: Features) -> int:
         raise UserError(f"image_px={image_px} is less than a patch of {patch_px}")
     side = image_px // patch_px * patch_px
     if side < image_px:
-        print(
-            f"images of {side} px, whole patches of {patch_px}, in place of image_px={image_px}", flush=True
-        )
+        what = f"images of {side} px, whole patches of {patch_px}"
+        print(f"{what}, in place of image_px={image_px}", flush=True)
     return side
 
 
@@ -155,11 +152,9 @@ class Moments:
 
     def __init__(self, dim: int, n_outputs: int, device: torch.device) -> None:
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.n = 0
-        self.x, self.xx, self.y, self.xy = (
-            torch.zeros(shape, dtype=torch.float64, device=self.home)
-            for shape in ((dim,), (dim, dim), (n_outputs,), (dim, n_outputs))
-        )
+        self.n, zeros = 0, partial(torch.zeros, dtype=torch.float64, device=self.home)
+        self.x, self.xx = zeros(dim), zeros(dim, dim)
+        self.y, self.xy = zeros(n_outputs), zeros(dim, n_outputs)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Rows ``x`` [n, D] and their outputs ``y`` [n, K]."""
@@ -180,8 +175,7 @@ class Moments:
         return mean, std, covariance / torch.outer(std, std)
 
 
-@dataclass(frozen=True)
-class ReadOut:
+class ReadOut(NamedTuple):
     """x -> x @ weight + bias; weight [D, K], bias [K], float64."""
 
     weight: Tensor
@@ -190,8 +184,3 @@ class ReadOut:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., K] float64."""
         return x.to(self.weight.device).double() @ self.weight + self.bias
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -26,7 +26,6 @@ they fit into half of what is free there, else on the host, from which each chun
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -41,10 +40,10 @@ from pretrain.data.datasets import LabelSet, maps
 from pretrain.data.images import in_batches, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_long
 from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
 from pretrain.evaluation.knn import nearest
-from pretrain.evaluation.linear_segmentation import cropped
+from pretrain.evaluation.linear_segmentation import Pixels, cropped
 from pretrain.evaluation.miou import class_ious, confusion_of, hungarian, mean_iou, named_ious
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
@@ -109,7 +108,7 @@ def in_context(
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
     confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
-    metrics: dict[str, float | dict[str, float]] = {
+    metrics = {
         "in_context_miou": mean_iou(confusion),
         "in_context_hungarian_miou": mean_iou(confusion, hungarian(confusion)),
         "in_context_class_iou": named_ious(class_ious(confusion), val.classes),
@@ -135,19 +134,14 @@ class Memory:
         self.counts[rows] = counts.to(self.counts)
         self.n = rows.stop
 
-    def nearest(
-        self, queries: Tensor, k: int, tick: Callable[[], object] = lambda: None
-    ) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor, k: int, tick: Tick = lambda: None) -> tuple[Tensor, Tensor]:
         """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all
         M where k is more. ``tick`` is called after each chunk."""
         queries = F.normalize(queries.float(), dim=1)
         return nearest(queries, (part.to(queries) for part in self.features[: self.n].split(CHUNK)), k, tick)
 
-    def attend(
-        self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None
-    ) -> Tensor:
-        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of
-        :meth:`nearest`."""
+    def attend(self, queries: Tensor, k: int, temperature: float, tick: Tick = lambda: None) -> Tensor:
+        """Shares of the classes [Q, C] that queries [Q, D] take from their :meth:`nearest`."""
         cosines, places = self.nearest(queries, k, tick)
         counts = self.counts[places.to(self.counts.device)].to(cosines)  # [Q, k, C]
         weights = (cosines / temperature).softmax(1)
@@ -199,9 +193,7 @@ def remember(features: Features, train: LabelSet, settings: InContextSettings, s
     return memory
 
 
-def jittered(
-    rng: np.random.Generator, pixels: NDArray[np.uint8], strength: float, p: float
-) -> NDArray[np.uint8]:
+def jittered(rng: np.random.Generator, pixels: Pixels, strength: float, p: float) -> Pixels:
     """Brightness, contrast and saturation by a factor in 1 +- strength, hue by a turn in +- strength, each
     with probability p."""
     for adjust, middle, u, drawn in zip(ADJUST, (1.0, 1.0, 1.0, 0.0), rng.random(4), rng.random(4)):

@@ -7,7 +7,8 @@ file names. The search goes a chunk at a time: 0.5 GB at D = 384.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,13 @@ from torch import Tensor
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.images import center_crop, in_batches
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome, check_signals, steps
+from pretrain.evaluation import Outcome, Tick, check_signals, steps
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
 MAIN_K = 20  # DINO: usually the best
-TEMPERATURE = 0.07  # DINO
-BANK_CHUNK = 2**16  # features of the bank compared at a time: with 1024 queries 268 MB of cosines
+QUERIES, BANK_CHUNK = 2**10, 2**16  # queries and features of the bank compared at a time: 268 MB of cosines
 VOTES_CHUNK = 2**24  # votes of single neighbors for all classes counted at a time: 67 MB
 
 
@@ -34,7 +34,7 @@ class KnnSettings(Settings):
     resize_px: int = setting(256, "shorter side, bicubic", source="DINO", ge=1)
     crop_px: int = setting(224, "the center", source="DINO", ge=1)
     k: tuple[PositiveInt, ...] = setting((10, 20, 100, 200), "neighbors", source="DINO: nb_knn", min_length=1)
-    temperature: float = setting(TEMPERATURE, "of the softmax over cosines", source="DINO", gt=0)
+    temperature: float = setting(0.07, "of the softmax over cosines", source="DINO", gt=0)
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "KnnSettings":
@@ -63,7 +63,7 @@ def knn_classification(
     labels, classes = train.labels().to(bank.device), val.labels().to(bank.device)
     predicted = knn_predict(bank, labels, queries, ks, len(train.classes), settings.temperature)
     top1 = dict(zip(ks, (100.0 * (predicted == classes).double().mean(1)).tolist()))
-    main: dict[str, float | dict[str, float]] = {"knn_top1": top1[MAIN_K]} if MAIN_K in top1 else {}
+    main: dict[str, Any] = {"knn_top1": top1[MAIN_K]} if MAIN_K in top1 else {}
     return Outcome(main | {f"knn_top1_k{k}": value for k, value in top1.items()})
 
 
@@ -102,7 +102,7 @@ def _features(
 
 
 def nearest(
-    queries: Tensor, parts: Iterable[Tensor], k: int, tick: Callable[[], object] = lambda: None
+    queries: Tensor, parts: Iterable[Tensor], k: int, tick: Tick = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """The k rows of a bank that are most similar to each query, exactly, the most similar first; all rows
     where k is more.
@@ -129,7 +129,7 @@ def nearest(
 
 
 def class_votes(
-    cosines: Tensor, labels: Tensor, ks: Sequence[int], n_classes: int, temperature: float = TEMPERATURE
+    cosines: Tensor, labels: Tensor, ks: Sequence[int], n_classes: int, temperature: float
 ) -> Tensor:
     """Votes of the first k neighbors for each k of ``ks``, each weighing exp(cosine / temperature).
 
@@ -145,28 +145,19 @@ def class_votes(
 
 
 def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    ks: Sequence[int],
-    n_classes: int,
-    temperature: float = TEMPERATURE,
-    chunk: int = 1024,
-    bank_chunk: int = BANK_CHUNK,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, ks: Sequence[int], n_classes: int, temperature: float
 ) -> Tensor:
     """The class with the most :func:`class_votes` for each k of ``ks``, the neighbors found once: int64
     [len(ks), Q]. A ValueError for a k that is larger than the bank.
 
     Args:
         bank: [M, D]; bank_labels: [M] in 0 .. n_classes - 1; queries: [Q, D]; none need be normalized.
-        chunk, bank_chunk: queries and features of the bank compared at a time, which bounds the memory:
-            chunk * bank_chunk cosines, and bank_chunk features as float32.
     """
     if max(ks) > len(bank):
         raise ValueError(f"k={max(ks)} is more than the {len(bank)} features to choose from")
     few, found = max(1, VOTES_CHUNK // (max(ks) * n_classes)), []
-    for part in queries.split(chunk):
-        rows_of_bank = (F.normalize(some.float(), dim=1) for some in bank.split(bank_chunk))
+    for part in queries.split(QUERIES):
+        rows_of_bank = (F.normalize(some.float(), dim=1) for some in bank.split(BANK_CHUNK))
         cosines, rows = nearest(F.normalize(part.float(), dim=1), rows_of_bank, max(ks))
         for near, labels in zip(cosines.split(few), bank_labels[rows].split(few)):
             found.append(class_votes(near, labels, ks, n_classes, temperature).argmax(2))

@@ -39,6 +39,9 @@ from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.boxes import TRIES, draw_crops
 
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+Labels = NDArray[np.int32]  # [H, W]
+Range = tuple[float, float]
 # Features of the training part that stay in the host's memory where they are the same in each epoch
 HELD_BYTES = 2**31
 
@@ -84,7 +87,7 @@ def linear(
     """An evaluator: ``linear_miou`` and ``linear_class_iou``, in percent, and maps ``linear``, of a 1x1
     convolution on frozen features. Signals are looked at before each epoch."""
     side = whole_patches(settings.image_px, features)
-    head = Head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
+    head = new_head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
     fit(head, features, drawn(train, settings), settings, side, signals)
     confusion, maps = confusion_of(head, features, val, side, settings.label_px, settings.map_px, n_shown)
     ious = named_ious(class_ious(confusion), val.classes)
@@ -99,24 +102,16 @@ def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
     return replace(train, files=[train.files[i] for i in sorted(chosen.tolist())])
 
 
-class Head(nn.Module):
-    """A 1x1 convolution, initialized as torch's: uniform within 1 / sqrt(D)."""
-
-    def __init__(self, dim: int, n_classes: int, seed: int) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.weight, self.bias = (
-            nn.Parameter((2 * torch.rand(shape, generator=draw) - 1) / dim**0.5)
-            for shape in ((n_classes, dim), (n_classes,))
-        )
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[b, N, D] -> logits [b, N, C]."""
-        return F.linear(patches, self.weight, self.bias)
+def new_head(dim: int, n_classes: int, seed: int) -> nn.Linear:
+    """A 1x1 convolution of patches [b, N, D], initialized as torch's: uniform within 1 / sqrt(D)."""
+    head, draw = nn.utils.skip_init(nn.Linear, dim, n_classes), torch.Generator().manual_seed(seed)
+    for parameter in (head.weight, head.bias):
+        parameter.data = (2 * torch.rand(parameter.shape, generator=draw) - 1) / dim**0.5
+    return head
 
 
 def fit(
-    head: Head,
+    head: nn.Linear,
     features: Features,
     train: LabelSet,
     settings: LinearSettings,
@@ -125,9 +120,8 @@ def fit(
 ) -> None:
     """Train the head; ``side`` is that of the images in whole patches. Errors are those of :func:`linear`."""
     held = _held(features, train, settings, side)
-    optimizer = torch.optim.SGD(
-        head.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
-    )
+    decay = settings.weight_decay
+    optimizer = torch.optim.SGD(head.parameters(), settings.lr, settings.momentum, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.drop_at, settings.drop_factor)
     for epoch in range(settings.epochs):
         check_signals(signals, "linear")
@@ -142,7 +136,7 @@ def fit(
         schedule.step()
 
 
-def backward(head: Head, patches: Iterable[Tensor], labels: Tensor) -> None:
+def backward(head: nn.Linear, patches: Iterable[Tensor], labels: Tensor) -> None:
     """Gradients of a batch's mean cross-entropy over its counted pixels, a few images at a time.
 
     Args:
@@ -161,12 +155,8 @@ def backward(head: Head, patches: Iterable[Tensor], labels: Tensor) -> None:
 
 
 def cropped(
-    rng: np.random.Generator,
-    pixels: NDArray[np.uint8],
-    labels: NDArray[np.int32],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    rng: np.random.Generator, pixels: Pixels, labels: Labels, scale: Range, ratio: Range
+) -> tuple[Pixels, Labels]:
     """A part of an image [H, W, 3] and of its labels [H, W], drawn as torchvision's RandomResizedCrop."""
     size_px, u = np.array([labels.shape], np.float64), rng.random((1, 1, 2 * TRIES + 2))
     left, top, right, bottom = draw_crops(size_px, np.array([scale]), ratio, u)[0, 0].astype(int)
@@ -187,13 +177,11 @@ def _batches(
 
     def item(index: int) -> tuple[Tensor, Tensor]:
         pixels, labels = train.read(index)
-        flip = False
+        rng = generator(settings.seed, VIEWS, epoch * len(train) + index)
         if settings.augment:
-            rng = generator(settings.seed, VIEWS, epoch * len(train) + index)
             pixels, labels = cropped(rng, pixels, labels, settings.crop_scale, settings.crop_ratio)
-            flip = rng.random() < settings.flip_p
         image, target = square(pixels, side, crop=False), nearest(labels, side)
-        if flip:
+        if settings.augment and rng.random() < settings.flip_p:
             image, target = image.flip(-1), target.flip(-1)
         return image, shrink(target, settings.label_px)
 
@@ -214,10 +202,9 @@ def _held(
     n_patches = (side // features.backbone.patch_size) ** 2
     if settings.augment or 4 * len(train) * n_patches * features.backbone.embed_dim > HELD_BYTES:
         return None
+    squares = train.squares(side, side, FORWARD_BATCH)
     parts = [
-        (part.cpu(), shrink(labels, settings.label_px))
-        for images, labels in train.squares(side, side, FORWARD_BATCH)
-        for part in patch_maps(features, images)
+        (x.cpu(), shrink(y, settings.label_px)) for images, y in squares for x in patch_maps(features, images)
     ]
     patches, labels = zip(*parts)
     return torch.cat(patches), torch.cat(labels)

@@ -13,9 +13,8 @@ standardized; D / n is added to the diagonal of their D x D correlation matrix, 
 D rows of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
 """
 
-import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +34,14 @@ PATCHES = ("hidden", "given")  # which patches are read: those whose position wa
 
 
 class Score(NamedTuple):
-    """How well places are read.
+    """How well places are read."""
 
-    Attributes:
-        error: mean distance between the read and the true center of a patch, in image units (the sides are 1).
-        chance: the same for the constant guess, the mean place of the patches that the fit saw.
-        r2: share of the variance of the coordinates that the read-out explains; 0 is the constant guess.
-    """
-
-    error: float
-    chance: float
-    r2: float
+    error: float  # mean distance between read and true centers of patches, in image units (the sides are 1)
+    chance: float  # the same for the constant guess, the mean place of the patches that the fit saw
+    r2: float  # share of the variance of the coordinates that is explained; 0 is the constant guess
 
 
-@dataclass(frozen=True)
-class LayerScore:
+class LayerScore(NamedTuple):
     """A layer's :class:`Score` in every draw of the masks; ``patches`` is one of :data:`PATCHES`."""
 
     patches: str
@@ -59,13 +51,12 @@ class LayerScore:
 
     def mean(self, field: str) -> float:
         """Mean over the draws of ``error``, ``chance`` or ``r2``."""
-        return math.fsum(getattr(score, field) for score in self.scores) / len(self.scores)
+        return statistics.fmean(getattr(score, field) for score in self.scores)
 
     def std(self, field: str) -> float:
         """Sample standard deviation over the draws; 0 for a single one."""
-        mean, n = self.mean(field), len(self.scores)
-        squares = math.fsum((getattr(score, field) - mean) ** 2 for score in self.scores)
-        return math.sqrt(squares / max(n - 1, 1))
+        values = [getattr(score, field) for score in self.scores]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def position_layers(
@@ -101,10 +92,8 @@ def position_layers(
         by_draw.append({(kind, layer): _PlaceReader(features) for kind in kinds for layer in layers})
         masks = draw_masks(len(images), grid, shape, draw)
         _read_places(features, images, masks, centers(*grid), by_draw[-1], tell)
-    return [
-        LayerScore(*key, names[key[1]], tuple(readers[key].score() for readers in by_draw))
-        for key in by_draw[0]
-    ]
+    scores = {key: tuple(readers[key].score() for readers in by_draw) for key in by_draw[0]}
+    return [LayerScore(kind, layer, names[layer], own) for (kind, layer), own in scores.items()]
 
 
 def _read_places(
@@ -234,12 +223,13 @@ def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterat
     """One row a layer and kind of patches: mean and standard deviation of the error (image units) and of
     R^2, and chance."""
     for score in scores:
-        place = {"layer": str(score.layer), "after": score.name, "patches": score.patches}
-        error, r2 = ((score.mean(field), score.std(field)) for field in ("error", "r2"))
-        names = ("error", "error_std", "chance", "r2", "r2_std")
-        numbers = dict(zip(names, (*error, score.mean("chance"), *r2)))
-        texts = {"draws": str(len(score.scores)), **{name: f"{value:.6f}" for name, value in numbers.items()}}
-        yield {"checkpoint": label, **place, "hidden_by": hidden_by, **texts}
+        row = {"checkpoint": label, "layer": str(score.layer), "after": score.name, "patches": score.patches}
+        row |= {"hidden_by": hidden_by, "draws": str(len(score.scores))}
+        for field in Score._fields:
+            row[field] = f"{score.mean(field):.6f}"
+            if field != "chance":
+                row[f"{field}_std"] = f"{score.std(field):.6f}"
+        yield row
 
 
 def metrics(scores: Sequence[LayerScore]) -> dict[str, float]:

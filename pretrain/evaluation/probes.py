@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from pretrain.settings import Settings, replaced, setting
 Probe = Callable[[Features], dict[str, float]]
 # What makes an evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
 SCALED_DOWN: Mapping[str, Mapping[str, Any]] = {
-    "linear": dict(augment=False, batch_size=32),  # each image goes through the backbone once
+    "linear": dict(augment=False, batch_size=32, epochs=5),  # each image goes through the backbone once
     "in_context": dict(augment=False, passes=1, memory_size=50_000),
     "clustering": dict(seeds=1, restarts=1, overclusters=()),
 }
 DENSE_METRICS = ("linear_miou", "in_context_miou", "in_context_hungarian_miou", "clustering_miou")
+
+
+_ours = partial(setting, source="ours")
 
 
 class ProbeSettings(Settings):
@@ -39,48 +43,37 @@ class ProbeSettings(Settings):
 
     in_recipe = False
     fixed = False
-    every: int = setting(0, "iterations between probes; 0: none", source="ours", ge=0)
-    knn_root: str = setting("", "labeled folder: train/CLASS/*, val/CLASS/*", source="ours")
+    every: int = _ours(0, "iterations between probes; 0: none", ge=0)
+    knn_root: str = _ours("", "labeled folder: train/CLASS/*, val/CLASS/*")
     knn_k: int = setting(20, "neighbors", source="DINO", ge=1)
-    seg_root: str = setting(
-        "", "a folder of masks: images/{train,val}, masks/{train,val}; or ADE20K", source="ours"
+    seg_root: str = _ours("", "a folder of masks: images/{train,val}, masks/{train,val}; or ADE20K")
+    seg_classes: int = _ours(0, "how many labels of seg_root count", ge=0, le=65535)
+    dense_root: str = _ours(
+        "", "a set with a label a pixel: anything that posfield evaluate dense takes as --data"
     )
-    seg_classes: int = setting(0, "how many labels of seg_root count", source="ours", ge=0, le=65535)
-    dense_root: str = setting(
-        "", "a set with a label a pixel: anything that posfield evaluate dense takes as --data", source="ours"
-    )
-    dense_set: str = setting(
+    dense_set: str = _ours(
         "auto",
         "which one: auto (told from dense_root) | voc2012 | ade20k | coco_things | coco_stuff | folder",
-        source="ours",
     )
-    dense_tasks: str = setting(
-        "in_context",
-        "measured there: some of linear, in_context, clustering, a space between them",
-        source="ours",
+    dense_tasks: str = _ours(
+        "in_context", "measured there: some of linear, in_context, clustering, a space between them"
     )
-    void: str = setting("", "values of masks that do not count, 0,255; without: 255", source="ours")
-    map: str = setting("", "labels of values of masks, 255=1,7=2", source="ours")
-    mask_name: str = setting("", "of an image's mask, {stem}_seg.png", source="ours")
-    position: bool = setting(False, "the position probe, on the images of data.root", source="ours")
-    image_px: int = setting(224, "side of an image in pixels", source="ours", ge=1, le=65536)
-    max_images: int = setting(2000, "of each part of a probe's data", source="ours", ge=1)
+    void: str = _ours("", "values of masks that do not count, 0,255; without: 255")
+    map: str = _ours("", "labels of values of masks, 255=1,7=2")
+    mask_name: str = _ours("", "of an image's mask, {stem}_seg.png")
+    position: bool = _ours(False, "the position probe, on the images of data.root")
+    image_px: int = _ours(224, "side of an image in pixels", ge=1, le=65536)
+    max_images: int = _ours(2000, "of each part of a probe's data", ge=1)
 
 
 @dataclass(frozen=True)
 class EvaluatorProbe:
-    """Evaluators on one small set, which is read from where it lies each time.
-
-    Attributes:
-        train, val: parts of the set.
-        settings: by task.
-        names: {an evaluator's metric: the log's}; other metrics are left out.
-    """
+    """Evaluators on one small set, which is read from where it lies each time."""
 
     train: Part
     val: Part
-    settings: Mapping[str, Any]
-    names: Mapping[str, str]
+    settings: Mapping[str, Any]  # by task
+    names: Mapping[str, str]  # {an evaluator's metric: the log's}; other metrics are left out
 
     def __call__(self, features: Features) -> dict[str, float]:
         found: dict[str, Any] = {}
@@ -134,12 +127,8 @@ class Probes:
         if settings.image_px % patch_size:
             what = f"probes.image_px={settings.image_px} is no multiple of backbone.patch_size={patch_size}"
             raise UserError(f"config: {what}")
-        if settings.knn_root:
-            self.probes.append(_classification(settings))
-        if settings.seg_root:
-            self.probes.append(_segmentation(settings))
-        if settings.dense_root:
-            self.probes.append(_dense(settings))
+        makers = {"knn_root": _classification, "seg_root": _segmentation, "dense_root": _dense}
+        self.probes += [make(settings) for root, make in makers.items() if getattr(settings, root)]
         if settings.position:
             images = read_squares(data, settings.image_px, settings.max_images).pixels
             self.probes.append(PositionProbe(torch.stack(images)))
@@ -175,9 +164,8 @@ def _classification(settings: ProbeSettings) -> EvaluatorProbe:
         train, val = (part.first(settings.max_images) for part in open_class_folders(settings.knn_root))
         for part in (train, val):
             _read_all(part)
-    if k > len(train):
-        many = f"{len(train)} training images of {settings.knn_root}"
-        raise UserError(f"probes.knn_k={k} is more than the {many}")
+    if k > (n := len(train)):
+        raise UserError(f"probes.knn_k={k} is more than the {n} training images of {settings.knn_root}")
     reduced = KnnSettings(resize_px=round(side_px * 256 / 224), crop_px=side_px, k=(k,))
     return EvaluatorProbe(train, val, {KNN: reduced}, {f"knn_top1_k{k}": "probe/knn_top1"})
 
@@ -207,8 +195,8 @@ def _dense(settings: ProbeSettings) -> EvaluatorProbe:
 
 
 def _reduced(tasks: Sequence[str], side_px: int) -> dict[str, Any]:
-    changes = {task: {"image_px": side_px, **SCALED_DOWN[task]} for task in tasks}
-    return {task: replaced(used, changes[task]) for task, used in settings_of(tasks).items()}
+    of_all = settings_of(tasks).items()
+    return {task: replaced(used, {"image_px": side_px, **SCALED_DOWN[task]}) for task, used in of_all}
 
 
 def _parts(root: str, kind: str, settings: ProbeSettings, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
@@ -222,12 +210,8 @@ def _parts(root: str, kind: str, settings: ProbeSettings, n_classes: int = 0) ->
 
 def _read_all(part: Part) -> bool:
     """Read each item, so that a bad one is told now. Whether one of them has a labeled pixel."""
-
-    def read(index: int) -> bool:
-        item = part.read(index)
-        return isinstance(item, tuple) and bool(item[1].any())
-
-    return any(list(in_threads(read, range(len(part)))))
+    items = in_threads(part.read, range(len(part)))
+    return sum(isinstance(item, tuple) and bool(item[1].any()) for item in items) > 0
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
+from pretrain.errors import ensure
 from pretrain.export.converted import export_safetensors, use_safetensors
 from pretrain.export.fixed_size import TENSORS, Run, Size, Usage, Write, is_export, outputs_of
 from pretrain.export.huggingface import export_huggingface, use_huggingface
@@ -83,9 +83,8 @@ def export(
     with replacing(path, path.with_name(f".partial-{path.name}")) as partial:
         difference = largest_difference(vit, written.write(vit, size, partial, provenance or {}), size)
         if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f"{path}: outputs differ by {difference:.2g} of the backbone's, more than {TOLERANCE:.0e}"
-            )
+            more = f"{difference:.2g} of the backbone's, more than {TOLERANCE:.0e}"
+            raise RuntimeError(f"{path}: outputs differ by {more}")
         if card is not None and not written.suffix:
             (partial / "README.md").write_text(card(difference), encoding="utf-8")
     return difference
@@ -102,32 +101,27 @@ def largest_difference(vit: ViT, run: Run, size: Size) -> float:
     generator, differences = torch.Generator().manual_seed(0), []
     for batch in CHECKED_BATCHES:
         image = torch.randn(batch, 3, *size, generator=generator)
-        outputs, expected = run(image), outputs_of(vit(image), vit.grid_of(size))
-        differences += [
-            (output - expected[name]).abs().max() / expected[name].abs().max()
-            for name, output in outputs.items()
-        ]
+        expected = outputs_of(vit(image), vit.grid_of(size))
+        for name, output in run(image).items():
+            differences.append((output - expected[name]).abs().max() / expected[name].abs().max())
     return float(torch.stack(differences).max())
 
 
 def _checked_target(format: str, size: Size, path: Path) -> Format:
     """The format, if it can be written there."""
-    if format not in FORMATS:
-        raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}")
+    ensure(format in FORMATS, f"format: {format!r} is none of {', '.join(FORMATS)}")
+    ensure(path.name, f"output: {path} is where you are; name a file or folder in it")
+    ensure(min(size) >= 1, f"size: {size[0]} x {size[1]} px is no image")
     wanted = FORMATS[format]
-    if not path.name:
-        raise UserError(f"output: {path} is where you are; name a file or folder in it")
-    if wanted.suffix and path.suffix != wanted.suffix:
-        raise UserError(f"output: a file of format {format} ends in {wanted.suffix}, {path} does not")
-    if wanted.suffix and path.is_dir():
-        raise UserError(f"output: format {format} is a file, and {path} is a folder")
-    if not wanted.suffix and path.exists():
-        if not path.is_dir():
-            raise UserError(f"output: format {format} is a folder, and {path} is a file")
+    if suffix := wanted.suffix:
+        ensure(path.suffix == suffix, f"output: a file of format {format} ends in {suffix}, {path} does not")
+        ensure(not path.is_dir(), f"output: format {format} is a file, and {path} is a folder")
+    elif path.exists():
+        ensure(path.is_dir(), f"output: format {format} is a folder, and {path} is a file")
         held = sorted(file.name for file in path.iterdir())
         others = [name for name in held if name not in FOLDER_FILES or not is_export(path / TENSORS)]
-        if others:
-            raise UserError(f"output: {path} holds {others[0]}, which no export left: it is not replaced")
-    if min(size) < 1:
-        raise UserError(f"size: {size[0]} x {size[1]} px is no image")
+        ensure(
+            not others,
+            f"output: {path} holds {''.join(others[:1])}, which no export left: it is not replaced",
+        )
     return wanted

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.errors import UserError
+from pretrain.errors import ensure
 from pretrain.export.fixed_size import (
     FixedSizeViT,
     Run,
@@ -61,8 +61,8 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     Raises:
         UserError: the output has another suffix; no registered backbone has this width.
     """
-    if Path(output).suffix != ".safetensors":
-        raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
+    is_ours = Path(output).suffix == ".safetensors"
+    ensure(is_ours, f"output: a converted file ends in .safetensors, {output} does not")
     name, own = registered_name(vit), vit.model_kwargs
     return save_backbone(output, vit.state_dict(), name=name, model_kwargs=own, provenance=provenance)
 
@@ -95,8 +95,8 @@ def given(method: str | None, effective_epochs: float | None) -> dict[str, Any]:
     Raises:
         UserError: the epochs are not a positive number.
     """
-    if effective_epochs is not None and not 0 < effective_epochs < math.inf:
-        raise UserError(f"effective_epochs: {effective_epochs} is no positive number")
+    is_positive = effective_epochs is None or 0 < effective_epochs < math.inf
+    ensure(is_positive, f"effective_epochs: {effective_epochs} is no positive number")
     told = {"method": method, "effective_epochs": effective_epochs}
     return {key: value for key, value in told.items() if value is not None}
 
@@ -107,26 +107,22 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     Raises:
         UserError: the grid is not square, as a ViT's learned one is; see :func:`whole_patches`.
     """
-    name = registered_name(vit)
-    height, width = whole_patches(vit, size)
-    state, model_kwargs = plain_state(vit, size), {**vit.model_kwargs, "mask_tokens": False}
-    if vit.pos_encoding == "none":
-        del state["pos_embed"]
-    elif height != width:
-        raise UserError(
-            f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm"
-        )
-    else:
+    name, model_kwargs = registered_name(vit), {**vit.model_kwargs, "mask_tokens": False}
+    has_positions = vit.pos_encoding != "none"
+    square = "a ViT learns a square grid; give one side, or take --format timm" if has_positions else ""
+    side, state = whole_patches(vit, size, square)[0], plain_state(vit, size)
+    if has_positions:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
-        model_kwargs |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
-    save_backbone(
-        path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance}
-    )
+        model_kwargs |= {"pos_encoding": "standard", "pos_grid": side, "pos_interpolation": interpolation}
+    else:
+        del state["pos_embed"]
+    told = {"source": "posfield", **provenance}
+    save_backbone(path, state, name=name, model_kwargs=model_kwargs, provenance=told)
     return FixedSizeViT(build_backbone(name, path).eval(), size)
 
 
 def use_safetensors(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     code = f"""from pretrain.build import build_backbone
 
 model = build_backbone({registered_name(vit)!r}, weights={path!r}).eval()

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.common import registry_name
 
@@ -84,17 +84,20 @@ def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None)
     return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
-def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
+def whole_patches(vit: ViT, size: Size, square: str = "") -> tuple[int, int]:
     """The grid of patches (h, w) of a size. Other libraries do not pad.
 
+    Args:
+        square: why both sides have to be the same, and the way on; empty if they may differ.
+
     Raises:
-        UserError: a side is not a multiple of the patch.
+        UserError: a side is not a multiple of the patch; the sides differ.
     """
-    if any(side % vit.patch_size for side in size):
-        raise UserError(
-            f"size: {size[0]} x {size[1]} px are not whole patches of {vit.patch_size} px, and this format does not pad"
-        )
-    return size[0] // vit.patch_size, size[1] // vit.patch_size
+    (height, width), px = size, vit.patch_size
+    whole = f"size: {height} x {width} px are not whole patches of {px} px, and this format does not pad"
+    ensure(height % px == width % px == 0, whole)
+    ensure(not square or height == width, f"size: {height} x {width} px: {square}")
+    return height // px, width // px
 
 
 @torch.no_grad()
@@ -139,12 +142,10 @@ def registered_name(vit: ViT) -> str:
     Raises:
         UserError: no registered backbone has this width.
     """
-    name = registry_name(vit.embed_dim, vit.n_registers)
-    if name is None:
-        raise UserError(
-            f"format: our file names the network by its width, and {vit.embed_dim} is none of the registry's"
-        )
-    return name
+    if name := registry_name(vit.embed_dim, vit.n_registers):
+        return name
+    none = f"{vit.embed_dim} is none of the registry's"
+    raise UserError(f"format: our file names the network by its width, and {none}")
 
 
 def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float | None = None) -> None:
@@ -157,34 +158,35 @@ def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float
     eps = vit.model_kwargs["ln_eps"]
     departures = {"with relative positions": vit.model_kwargs["relative_positions"], **departures}
     departures[f"with ln_eps {eps:g} (its is {ln_eps})"] = ln_eps not in (None, eps)
-    if found := [name for name, holds in departures.items() if holds]:
-        raise UserError(f"format: {library} has no ViT {', nor one '.join(found)}; take another --format")
+    found = ", nor one ".join(name for name, holds in departures.items() if holds)
+    ensure(not found, f"format: {library} has no ViT {found}; take another --format")
 
 
 def require(format: str, *packages: str) -> None:
     """Raise a UserError if a format's packages are not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"format {format} needs {', '.join(missing)}: pip install 'posfield[export]'")
+    ensure(not missing, f"format {format} needs {', '.join(missing)}: pip install 'posfield[export]'")
 
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of the file must know, as JSON for its metadata."""
-    told: dict[str, Any] = {
-        "image_size_px": size,
-        "pixel_mean": MEAN,
-        "pixel_std": STD,
-        "channels": "RGB, 0 to 1",
-    }
-    told |= {"backbone": vit.model_kwargs, "provenance": dict(provenance)}
+    pixels = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1"}
+    told = {**pixels, "backbone": vit.model_kwargs, "provenance": dict(provenance)}
     return json.dumps(told, sort_keys=True)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file. Other libraries look for the ``format`` "pt"."""
-    path.write_bytes(
-        save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata})
-    )
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    path.write_bytes(save(tensors, {"format": "pt", **metadata}))
+
+
+def write_folder(path: Path, state: Mapping[str, Tensor], told: str, **contents: Mapping[str, Any]) -> None:
+    """Write a folder with tensors, what :func:`description` says, and the JSON files ``contents``."""
+    path.mkdir()
+    write_tensors(path / TENSORS, state, posfield=told)
+    for name, content in contents.items():
+        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def is_export(file: Path) -> bool:
@@ -194,17 +196,3 @@ def is_export(file: Path) -> bool:
             return "posfield" in (opened.metadata() or {})
     except (OSError, SafetensorError):
         return False
-
-
-def positions_note(vit: ViT, size: Size) -> str:
-    """One sentence on what the export did to the positions."""
-    grid = vit.grid_of(size)
-    here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
-    side = vit.pos_grid
-    if vit.pos_encoding == "none":
-        return "The network has no positions. Where the format must hold some, they are zeros."
-    if vit.pos_encoding == "field":
-        return f"Learned as a position field of {side} x {side} samples; the file holds the field's values at {here}."
-    if grid == (side, side):
-        return f"Learned for {side} x {side} patches, and stored as learned."
-    return f"Learned for {side} x {side} patches; the file holds them resampled ({vit.pos_interpolation}) to {here}."

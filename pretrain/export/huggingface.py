@@ -5,7 +5,6 @@ The class is ``ViTModel`` without LayerScale and registers, ``Dinov2Model`` with
 ``Dinov2WithRegistersModel`` with registers. Every version of transformers reads the names on disk.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
 from pretrain.export.fixed_size import (
-    TENSORS,
     Outputs,
     Run,
     Size,
@@ -28,7 +25,7 @@ from pretrain.export.fixed_size import (
     renamed,
     require,
     whole_patches,
-    write_tensors,
+    write_folder,
 )
 from pretrain.views.pixels import MEAN, STD
 
@@ -42,19 +39,10 @@ OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-ATTENTION = {
-    "attn.query": "attention.attention.query.",
-    "attn.key": "attention.attention.key.",
-    "attn.value": "attention.attention.value.",
-    "attn.proj": "attention.output.dense.",
-}
-IN_VIT = {
-    **ATTENTION,
-    "norm1": "layernorm_before.",
-    "norm2": "layernorm_after.",
-    "mlp.fc1": "intermediate.dense.",
-    "mlp.fc2": "output.dense.",
-}
+ATTENTION = {f"attn.{part}": f"attention.attention.{part}." for part in ("query", "key", "value")}
+ATTENTION |= {"attn.proj": "attention.output.dense."}
+IN_VIT = {**ATTENTION, "norm1": "layernorm_before.", "norm2": "layernorm_after."}
+IN_VIT |= {"mlp.fc1": "intermediate.dense.", "mlp.fc2": "output.dense."}
 IN_DINOV2 = {**ATTENTION, "ls1": "layer_scale1.", "ls2": "layer_scale2."}
 IN_DINOV2 |= {name: f"{name}." for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
 
@@ -99,19 +87,18 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     own = vit.model_kwargs
     departures = {"without [CLS]": not vit.has_cls, "without a final norm": not own["final_norm"]}
     refuse("transformers", vit, departures)
-    grid, name = whole_patches(vit, size), model_class(vit)
+    name = model_class(vit)
+    square = (
+        ""
+        if name == "ViTModel"
+        else f"the grid of positions of transformers' {name} is square; give one side"
+    )
+    grid = whole_patches(vit, size, square)
     if name != "ViTModel":
-        if size[0] != size[1]:
-            raise UserError(
-                f"size: {size[0]} x {size[1]} px: the grid of positions of transformers' {name} is square; give one side"
-            )
         departures = {f"with mlp_ratio {own['mlp_ratio']:g}": own["mlp_ratio"] % 1 != 0}
         refuse(f"transformers ({name})", vit, departures)
-    path.mkdir()
-    write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
-    contents = {"config.json": _config(vit, size), "preprocessor_config.json": _preprocessor(size)}
-    for file, content in contents.items():
-        (path / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    state, told = huggingface_state(vit, size), description(vit, size, provenance)
+    write_folder(path, state, told, config=_config(vit, size), preprocessor_config=_preprocessor(size))
     model = _load(path)
 
     @torch.no_grad()
@@ -123,7 +110,7 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
 
 
 def use_huggingface(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     code = f"""from transformers import AutoModel
 
 model = AutoModel.from_pretrained({path!r}).eval()
@@ -133,12 +120,10 @@ patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
     name = model_class(vit)
     notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalizes."]
     if name == "ViTModel":
-        notes.append(
-            'The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.'
-        )
-        notes.append(
-            "At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only."
-        )
+        notes += [
+            'The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.',
+            "At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only.",
+        ]
     elif vit.model_kwargs["layerscale"] is None:
         notes.append("The network has no LayerScale; the class's is filled with ones.")
     if name != "ViTModel" and not vit.model_kwargs["mask_tokens"]:
@@ -164,30 +149,19 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
         "dtype": "float32",
     }
     if name == "ViTModel":
-        hidden = int(vit.embed_dim * model_kwargs["mlp_ratio"])
-        pooler = {"pooler_act": "linear", "pooler_output_size": vit.embed_dim}
-        return {**config, "intermediate_size": hidden, **pooler}
-    config |= {
-        "mlp_ratio": int(model_kwargs["mlp_ratio"]),
-        "layerscale_value": model_kwargs["layerscale"] or 1.0,
-        "use_swiglu_ffn": False,
-    }
+        config["intermediate_size"] = int(vit.embed_dim * model_kwargs["mlp_ratio"])
+        return {**config, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
+    config |= {"mlp_ratio": int(model_kwargs["mlp_ratio"]), "use_swiglu_ffn": False}
+    config["layerscale_value"] = model_kwargs["layerscale"] or 1.0
     return {**config, "num_register_tokens": vit.n_registers} if vit.n_registers else config
 
 
 def _preprocessor(size: Size) -> dict[str, Any]:
     """``preprocessor_config.json``: the whole image, resized bicubically and normalized."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size[0], "width": size[1]},
-        "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
+    resize = {"do_resize": True, "size": {"height": size[0], "width": size[1]}, "resample": BICUBIC}
+    rescale = {"do_rescale": True, "rescale_factor": 1 / 255}
+    normalize = {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
+    return {"image_processor_type": "ViTImageProcessor", **resize, **rescale, **normalize}
 
 
 def _load(path: Path) -> Any:

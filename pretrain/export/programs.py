@@ -23,7 +23,7 @@ def export_program(vit: ViT, size: Size, path: Path, provenance: Mapping[str, An
 
 
 def use_program(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     code = f"""import torch
 
 model = torch.export.load({path!r}).module()
@@ -66,7 +66,7 @@ def export_onnx(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
 
 
 def use_onnx(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     code = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession({path!r}, providers=["CPUExecutionProvider"])

@@ -1,6 +1,5 @@
 """Export to the layout of timm's hub: a folder with ``model.safetensors`` and ``config.json``."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pretrain.export.fixed_size import (
     refuse,
     require,
     whole_patches,
-    write_tensors,
+    write_folder,
 )
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.common import WIDTHS
@@ -37,10 +36,8 @@ def architecture(vit: ViT) -> str:
 def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
     """The JSON arguments of ``timm.create_model(architecture, **arguments)`` for this network."""
     model_kwargs = vit.model_kwargs
-    arguments: dict[str, Any] = {"img_size": list(size)}
-    arguments |= {
-        key: model_kwargs[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    }
+    keys = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    arguments: dict[str, Any] = {"img_size": list(size), **{key: model_kwargs[key] for key in keys}}
     if model_kwargs["layerscale"] is not None:
         arguments["init_values"] = model_kwargs["layerscale"]
     if vit.n_registers:
@@ -77,10 +74,8 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     import timm
 
     refuse("timm", vit, {}, LN_EPS)
-    grid, state = whole_patches(vit, size), timm_state(vit, size)
-    path.mkdir()
-    write_tensors(path / TENSORS, state, posfield=description(vit, size, provenance))
-    (path / "config.json").write_text(json.dumps(_config(vit, size), indent=2) + "\n", encoding="utf-8")
+    grid, told = whole_patches(vit, size), description(vit, size, provenance)
+    write_folder(path, timm_state(vit, size), told, config=_config(vit, size))
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
     @torch.no_grad()
@@ -92,7 +87,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
 
 
 def use_timm(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     code = f"""import timm
 
 model = timm.create_model({f"local-dir:{path}"!r}, pretrained=True).eval()
@@ -105,42 +100,30 @@ patches = model.forward_features(image)[:, {vit.n_prefix}:]  # [B, N, D]"""
         "For another size add `img_size=(height, width)`: timm then resamples `pos_embed` (bicubic, antialiased).",
     ]
     if vit.n_registers and vit.has_cls:
-        notes.append(
-            "The position of [CLS] is added into `cls_token`, as in timm's own networks with registers (`no_embed_class`)."
-        )
+        said = "as in timm's own networks with registers (`no_embed_class`)"
+        notes.append(f"The position of [CLS] is added into `cls_token`, {said}.")
     if not vit.has_cls:
         notes.append("The network has no [CLS]: `cls` above is the mean of the normed patches.")
     return Usage("timm", code, tuple(notes))
 
 
 def _embeds_patches_alone(vit: ViT) -> bool:
-    """Whether ``pos_embed`` has rows for patches only: with registers, timm would expect rows for these,
-    too."""
+    # with registers, timm would expect rows of ``pos_embed`` for these, too
     return bool(vit.n_registers) or not vit.has_cls
 
 
 def _config(vit: ViT, size: Size) -> dict[str, Any]:
     """``config.json`` as on timm's hub."""
     arguments = model_arguments(vit, size)
-    pool = arguments.get("global_pool", "token")
-    pretrained = {
-        "input_size": [3, *size],
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",  # the whole image, as in our evaluation
-        "mean": list(MEAN),
-        "std": list(STD),
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+    # the whole image, as in our evaluation
+    pixels: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    pixels |= {"mean": list(MEAN), "std": list(STD)}
+    inside = {"num_classes": 0, "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"}
     return {
         "architecture": architecture(vit),
         "num_classes": 0,
         "num_features": vit.embed_dim,
-        "global_pool": pool,
+        "global_pool": arguments.get("global_pool", "token"),
         "model_args": arguments,
-        "pretrained_cfg": pretrained,
+        "pretrained_cfg": {"input_size": [3, *size], "fixed_input_size": True, **pixels, **inside},
     }

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
 from pretrain.export.fixed_size import (
     Outputs,
     Run,
@@ -37,9 +36,9 @@ INSIDE |= {"attn.qkv": "self_attention.in_proj_", "attn.proj": "self_attention.o
 def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
     """The arguments of ``VisionTransformer(**arguments)`` for this network."""
     own = vit.model_kwargs
-    arguments = {"image_size": size[0], "patch_size": vit.patch_size, "num_layers": own["depth"]}
-    arguments |= {"num_heads": own["num_heads"], "hidden_dim": vit.embed_dim}
-    return {**arguments, "mlp_dim": int(vit.embed_dim * own["mlp_ratio"])}
+    sizes = {"image_size": size[0], "patch_size": vit.patch_size, "num_layers": own["depth"]}
+    hidden = {"hidden_dim": vit.embed_dim, "mlp_dim": int(vit.embed_dim * own["mlp_ratio"])}
+    return {**sizes, "num_heads": own["num_heads"], **hidden}
 
 
 def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
@@ -51,9 +50,8 @@ def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         gamma, module = plain.pop(key), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
         plain[f"{module}.weight"] *= gamma[:, None]
         plain[f"{module}.bias"] *= gamma
-    return {
-        renamed(key, OUTSIDE, "encoder.layers.encoder_layer_", INSIDE): value for key, value in plain.items()
-    }
+    layer = "encoder.layers.encoder_layer_"
+    return {renamed(key, OUTSIDE, layer, INSIDE): value for key, value in plain.items()}
 
 
 def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -70,15 +68,9 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         "with the tanh GELU": model_kwargs["gelu"] != "erf",
     }
     refuse("torchvision", vit, departures, LN_EPS)
-    grid = whole_patches(vit, size)
-    if size[0] != size[1]:
-        raise UserError(
-            f"size: {size[0]} x {size[1]} px: images of torchvision's VisionTransformer are square; give one side"
-        )
-    arguments = json.dumps(model_arguments(vit, size))
-    write_tensors(
-        path, torchvision_state(vit, size), arguments=arguments, posfield=description(vit, size, provenance)
-    )
+    grid = whole_patches(vit, size, "images of torchvision's VisionTransformer are square; give one side")
+    arguments, told = json.dumps(model_arguments(vit, size)), description(vit, size, provenance)
+    write_tensors(path, torchvision_state(vit, size), arguments=arguments, posfield=told)
     model = _load(path)
 
     @torch.no_grad()
@@ -91,7 +83,7 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
 
 
 def use_torchvision(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
+    """How to use it."""
     told = ", ".join(f"{key}={value}" for key, value in model_arguments(vit, size).items())
     code = f"""import torch
 from safetensors.torch import load_file
@@ -104,9 +96,8 @@ model.eval()
 cls = model(image)  # [B, D]
 tokens = torch.cat([model.class_token.expand(len(image), -1, -1), model._process_input(image)], dim=1)
 patches = model.encoder(tokens)[:, 1:]  # [B, N, D]"""
-    notes = [
-        "The image size is fixed; `torchvision.models.vision_transformer.interpolate_embeddings` makes a file for another one."
-    ]
+    other = "`torchvision.models.vision_transformer.interpolate_embeddings` makes a file for another one"
+    notes = [f"The image size is fixed; {other}."]
     if vit.model_kwargs["layerscale"] is not None:
         notes.append("LayerScale is multiplied into `self_attention.out_proj` and `mlp.3`, which is exact.")
     return Usage("torchvision", code, tuple(notes))

@@ -1,5 +1,4 @@
-"""Many commands: a :class:`Stage` is one of them and says what is done; a :class:`Runner` runs them, here or on
-SLURM; a comparison, a sweep and an ablation only plan."""
+"""Many commands: a :class:`Stage` is one and says what is done, a :class:`Runner` runs them; all else only plans."""
 
 from collections.abc import Sequence
 

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,13 +29,12 @@ from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
 from pretrain.weights.sources.posfield import FORMAT
 
+ASKED = ("source", "subnet", "patch_size", "method", "effective_epochs")  # options of convert() in an entry
 TABLES = {"csv": "csv", "tex": "latex", "html": "html", "md": "md"}  # {suffix: format}
 # torchrun for one machine: its agent needs a file alone, and the ranks meet on the loopback. (--standalone serves
 # every address of the machine, without a password.)
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
 TORCHRUN += ["--local-addr=127.0.0.1"]
-
-# --- the weights -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,14 @@ class Weights:
     @property
     def is_ready(self) -> bool:
         """Whether the runs can begin."""
-        noted = self.note.is_file() and self.note.read_text() == shlex.join(self.identity)
-        return self.file.is_file() and noted
+        files = self.file.is_file() and self.note.is_file()
+        return files and self.note.read_text() == shlex.join(self.identity)
 
 
 def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights | None:
     """Where an entry's weights are; None where its file is missing, and was missing the last time, too."""
     source, note = Path(comparison.weights) / entry.file, output / "weights" / f"{name_of(entry)}.command"
-    asked = {key: value for key, value in _asked(entry).items() if value is not None}
+    asked = {key: value for key in ASKED if (value := getattr(entry, key)) is not None}
     if os.access(source, os.R_OK):  # a file, or a folder of Hugging Face's
         digest = file_hash(source)
         is_ours = _metadata(source).get("format") == FORMAT and asked.keys() == {"method"}
@@ -84,16 +82,10 @@ def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights 
     return Weights(source if is_ours else note.with_suffix(".safetensors"), source, identity, note)
 
 
-def _asked(entry: Entry) -> dict[str, Any]:
-    """What an entry says of its file: options of :func:`convert`."""
-    keys = ("source", "subnet", "patch_size", "method", "effective_epochs")
-    return {key: getattr(entry, key) for key in keys}
-
-
 def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
     """:func:`find_weights` of every entry of which there are weights, by name."""
-    found = {name_of(entry): find_weights(comparison, entry, output) for entry in comparison.entries}
-    return {name: weights for name, weights in found.items() if weights is not None}
+    entries = comparison.entries
+    return {name_of(e): found for e in entries if (found := find_weights(comparison, e, output)) is not None}
 
 
 def prepare(entry: Entry, weights: Weights) -> None:
@@ -105,7 +97,8 @@ def prepare(entry: Entry, weights: Weights) -> None:
     if weights.is_ready:
         return
     if weights.file != weights.source:
-        convert(weights.source, weights.file, name=entry.backbone, **_asked(entry))
+        asked = {key: getattr(entry, key) for key in ASKED}
+        convert(weights.source, weights.file, name=entry.backbone, **asked)
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
     weights.note.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +125,6 @@ def _metadata(file: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except (SafetensorError, OSError):  # the conversion will say what is wrong with it
         return {}
-
-
-# --- the runs ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +165,7 @@ def plan(
         changed = words_of(getattr(comparison, f"{task}_overrides"))
         rest += [*["--resume"] * (not is_sweep), "--weights", str(of_entry.file), "--output", str(folder)]
         rest += ["--device", comparison.device]
-        if comparison.workers is not None:
-            rest += ["--workers", str(comparison.workers)]
+        rest += ["--workers", str(comparison.workers)] * (comparison.workers is not None)
         if is_sweep:
             rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
         line = command(name, *changed, *recipe, *rest)
@@ -208,19 +197,16 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
             raise UserError(f"{key}: there is no {folder}")
 
 
-# --- results ----------------------------------------------------------------------------------------------
-
-
 def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[Result]:
-    """The results of finished runs, under the comparison's names of the methods; and those of our own
-    pre-trainings that lie beside the weights: they tell whether these were scaled down."""
+    """The results of finished runs, under the comparison's names of the methods, and of our own pre-trainings beside
+    the weights: these tell whether they were scaled down."""
     found = []
     for run in done:
         result, of_run = read_result(run.folder), weights[name_of(run.entry)]
         found.append(result.with_changes(method=run.entry.method))
         beside = of_run.source.with_name(FILE_NAME)
         before = read_result(beside) if beside.is_file() else None
-        if before is not None and before.kind == "pretrain" and before.weights_hash == of_run.digest:
+        if before and (before.kind, before.weights_hash) == ("pretrain", of_run.digest):
             # the run may have read a converted file
             found.append(before.with_changes(weights_hash=result.weights_hash))
     return found
@@ -238,18 +224,14 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
         cells = (name, entry.method, entry.file, weights[name].digest, read_as, f"{patch} px{resampled}")
         lines.append(Line("weights", False, cells))
     columns = ("row", "method", "file", "hash", "read as", "patches")
-    return Table("The files of weights", columns, (tuple(lines),), (), frozenset(), ())
+    return Table.of("The files of weights", columns, [lines], (), (), ())
 
 
 def write_tables(
     done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str
 ) -> str:
-    """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables with what was measured beside
-    them, and the files of weights.
-
-    Returns:
-        the first of them.
-    """
+    """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables beside what was measured, and the files
+    of weights. Returns the first of them."""
     shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
     texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
     texts["html"] = page(name, {"Results": texts["html"]})

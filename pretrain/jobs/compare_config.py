@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +11,12 @@ from pretrain.build import backbone_names
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.published import published_rows, rows_of_tables
-from pretrain.settings import Layer, Settings, build, flat, read_layers, read_words, setting, shown
+from pretrain.settings import Layer, Settings, build, flat, ours, read_layers, read_words, setting, shown
 from pretrain.weights import source_names
 
-NONE, SWEEP, POINT = "none", "sweep", "point"
+NONE, SWEEP = "none", "sweep"
 # {group: old names}
 OVERRIDES = {"detection_overrides": renamed.DETECTION, "segmentation_overrides": renamed.SEGMENTATION}
-OF_EVERY_ROW = ("detection", "segmentation")  # a word of the command line is for all rows
-
-
-ours = partial(setting, source="ours")
 
 
 class Entry(Settings):
@@ -44,11 +39,9 @@ class Entry(Settings):
     def _can_be_run(self) -> "Entry":
         if not self.method.strip():
             raise ValueError("method is empty; name the row as tables should")
-        choices: Mapping[str, Collection[str | None]]
-        choices = {"backbone": backbone_names(), "source": (None, *source_names())}
-        for key, known in choices.items():
-            if (value := getattr(self, key)) not in known:
-                raise ValueError(f"{key}={shown(value)} is none of {', '.join(filter(None, known))}")
+        for key, known in (("backbone", backbone_names()), ("source", source_names())):
+            if (value := getattr(self, key)) not in known and value is not None:
+                raise ValueError(f"{key}={shown(value)} is none of {', '.join(known)}")
         if not re.fullmatch(r"(?!(weights|jobs)$)[A-Za-z0-9][\w-]*", name := name_of(self)):
             rule = "letters, digits, _ and -, and not weights or jobs"
             raise ValueError(f"name={name!r} is no name of a folder here: {rule}")
@@ -112,7 +105,7 @@ def load_comparison(
         raise UserError(f"entries: {instead}")
     layers = [_with_texts(layer) for layer in (*read_layers(path), given)]
     comparison = build(Comparison, layers, str(path))
-    of_all = {key: "" for key in OF_EVERY_ROW if key in given.values}
+    of_all = {key: "" for key in ("detection", "segmentation") if key in given.values}
     rows = tuple(entry.model_copy(update=of_all) for entry in comparison.entries)
     asked = {f"entries[{i}].detection": entry.detection for i, entry in enumerate(rows) if entry.detection}
     for key, value in {"detection": comparison.detection, **asked}.items():
@@ -122,8 +115,7 @@ def load_comparison(
 
 
 def _with_texts(layer: Layer) -> Layer:
-    """The overrides as a command line writes them: ``backbone.KEY``, ``8,16`` for a list; fields under
-    today's names."""
+    """The overrides as a command line writes them: ``backbone.KEY``, ``8,16`` for a list; today's names."""
 
     def text(value: Any) -> Any:
         plain_list = isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import submitit
@@ -32,12 +31,11 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.jobs.stage import Stage
 from pretrain.results.renamed import as_posfield
-from pretrain.settings import Settings, setting
+from pretrain.settings import Settings, ours
 
 RESUMABLE = ("pretrain", "detect", "segment", "evaluate dense")  # these take --resume; others begin anew
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
-ours = partial(setting, source="ours")
 
 
 class Resources(Settings):
@@ -146,8 +144,7 @@ def is_ended(job_id: str) -> bool:
 
 
 def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
-    """What torchrun would have set, for :func:`pretrain.distributed.start`; nothing where there is one
-    task."""
+    """What torchrun would have set, for :func:`pretrain.distributed.start`; of one task nothing."""
     if task.num_tasks == 1:
         return {}
     return {
@@ -222,10 +219,9 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
     Raises:
         UserError: there is no SLURM here, or it refuses the job.
     """
-    for program in ("sbatch", "srun"):
-        if shutil.which(program) is None:
-            instead = "--dry-run shows what would be submitted, --local runs it here"
-            raise UserError(f"{program} is not on the PATH: {instead}")
+    if absent := [program for program in ("sbatch", "srun") if shutil.which(program) is None]:
+        instead = "--dry-run shows what would be submitted, --local runs it here"
+        raise UserError(f"{absent[0]} is not on the PATH: {instead}")
     executor = slurm_executor(resources, folder)
     # Where SLURM is, and outside of a job what its user says by SBATCH_ACCOUNT and the like.
     names = ("SLURM_CONF",) if "SLURM_JOB_ID" in os.environ else ("SLURM_", "SBATCH_")
@@ -247,10 +243,10 @@ class Queue:
 
     def jobs(self, stage: Stage) -> tuple[list[ToolJob], Resources]:
         """A stage's job under its name, or its array, whose jobs have a GPU each."""
-        own: dict[str, object] = {"name": self.resources.name or stage.name.replace("/", ".")}
-        if stage.array:
-            own["gpus"] = min(self.resources.gpus, 1)
-        return tool_jobs(stage.command, stage.array), self.resources.model_copy(update=own)
+        asked = self.resources
+        n_gpus = min(asked.gpus, 1) if stage.array else asked.gpus
+        own = {"name": asked.name or stage.name.replace("/", "."), "gpus": n_gpus}
+        return tool_jobs(stage.command, stage.array), asked.model_copy(update=own)
 
     def submit(self, stage: Stage) -> str:
         """Submit a stage and note its number beside its folder, so that it is not submitted twice."""

@@ -45,8 +45,7 @@ class Stage:
         return self.note("log")
 
     def note(self, kind: str) -> Path:
-        """A file beside the folder. ``command``: whose it is; ``run``: the last exit code; ``job``: its number on
-        SLURM."""
+        """A file beside the folder. ``command``: whose it is; ``run``: the last exit code; ``job``: on SLURM."""
         return self.folder.with_suffix(f".{kind}")
 
     @property
@@ -103,12 +102,10 @@ class Stage:
 
     def _queued(self) -> str | None:
         """The number of its SLURM job, while SLURM knows that job."""
-        if not self.note("job").is_file():
-            return None
-        number = self.note("job").read_text()
         try:
+            number = self.note("job").read_text()
             asked = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
-        except OSError:  # no SLURM here
+        except OSError:  # it has none, or there is no SLURM here
             return None
         return number if asked.returncode == 0 and asked.stdout.strip() else None
 
@@ -119,9 +116,8 @@ def is_to_begin(state: str) -> bool:
 
 
 def locked(log: IO[str], how: int) -> bool:
-    """Lock a log; false if another process holds the lock. The command inherits the open log, so the lock
-    lasts as long as the command, even if the process that started it was killed. On a file system without
-    locks: true."""
+    """Lock a log; false if another process holds the lock, which lasts as long as the command: it inherits the open
+    log. On a file system without locks: true."""
     try:
         fcntl.flock(log, how | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pretrain.precision import at_least_float32
 
-LOSSES = ("cka", "frobenius", "gram")
-KERNELS = ("linear", "rbf")
 ROUNDING = 32  # units in the last place: a relative spread this small is rounding of the mean
 
 

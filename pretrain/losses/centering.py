@@ -68,8 +68,7 @@ def sinkhorn_center(
 def teacher_entropies(teacher: HeadOutput, center: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """How far the teacher is from collapse: mean entropy of its distributions, and entropy of their mean.
 
-    In nats, at most ln K. The first near ln K: everything looks alike. The second near 0: one prototype takes
-    all.
+    In nats, at most ln K. The first near ln K: all looks alike. The second near 0: one prototype takes all.
 
     Args:
         teacher: bottleneck [M, d], few enough for all of their logits.

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.precision import at_least_float32
+
 EPS = 1e-6  # added to a patch's variance (MAE's code)
 
 
@@ -22,7 +24,7 @@ def normalized(patches: Tensor) -> Tensor:
 
     The variance is unbiased, and ``EPS`` is added to it, as in MAE's code.
     """
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    patches = at_least_float32(patches)
     variance, mean = torch.var_mean(patches, -1, keepdim=True)
     return (patches - mean) / (variance + EPS).sqrt()
 
@@ -40,5 +42,5 @@ def masked_pixel_loss(
     """
     targets = patchify(images, patch_size).gather(1, masked.unsqueeze(-1).expand(predictions.shape))
     targets = normalized(targets) if normalize else targets
-    wide = torch.promote_types(targets.dtype, torch.float32)
-    return F.mse_loss(predictions.to(wide), targets.to(wide))
+    targets = at_least_float32(targets)
+    return F.mse_loss(predictions.to(targets.dtype), targets)

@@ -1,5 +1,4 @@
-"""Intertwined content and position (paper 3; eq. 6), on DINOv2's losses. The DINOv2 baseline is this file
-with another config.
+"""Intertwined content and position (paper 3; eq. 6), on DINOv2's losses; DINOv2 is another config of it.
 
 L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the
 student, sees every patch with its content and its crop-tied position; the student's global crops lose the
@@ -32,7 +31,7 @@ from pretrain.losses import (
     updated_center,
 )
 from pretrain.methods.backbones import check_crops, new_backbone
-from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings
+from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings, recipe_setting
 from pretrain.optim import TeacherOptimSettings, parameter_groups
 from pretrain.parallel import StepSettings
 from pretrain.settings import Settings as Group
@@ -54,7 +53,7 @@ class LossSettings(Group):
     position: float = setting(1.0, "weight of the position loss", source="eq. 6", ge=0)
     koleo: float = setting(1.0, "weight of the KoLeo loss", source="sec. 3.4", ge=0)
     koleo_scope: Literal["global", "local"] = setting(
-        "global", "neighbors are: global (over all ranks) | local (within a rank; DINOv2)", source="ours"
+        "global", "neighbors are: global (over all ranks) | local (within a rank; DINOv2)"
     )
     centering: Literal["softmax_center", "sinkhorn_knopp"] = setting(
         "softmax_center", "of the teacher's logits", source="DINOv2 on ImageNet-1K"
@@ -79,10 +78,7 @@ class IntertwinedStepSettings(StepSettings):
     """The step, whose logits are too many to hold."""
 
     loss_rows: int = setting(
-        512,
-        "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form",
-        source="ours",
-        ge=0,
+        512, "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form", ge=0
     )
 
 
@@ -106,13 +102,7 @@ class Intertwined(EMATeacher):
     class Settings(TeacherSettings):
         """Defaults: Table 6, ViT-S/16 on ImageNet-1K."""
 
-        recipe: str = setting(
-            "intertwined-100ep",
-            "recipe that the run is compared with",
-            source="ours",
-            in_recipe=False,
-            fixed=False,
-        )
+        recipe: str = recipe_setting("intertwined-100ep")
         crops: CropSettings = CropSettings()
         positions: PositionSettings = PositionSettings()
         color: ColorSettings = ColorSettings()
@@ -141,9 +131,8 @@ class Intertwined(EMATeacher):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.kinds = [
-            k for k in KINDS if getattr(settings.losses, k) > 0 and getattr(settings.masks, f"{k}_share") > 0
-        ]
+        weights, masks = settings.losses, settings.masks
+        self.kinds = [k for k in KINDS if getattr(weights, k) > 0 and getattr(masks, f"{k}_share") > 0]
         self.head_names = ["image", *self.kinds]
         self.temperatures = (settings.losses.student_temperature, settings.losses.teacher_temperature)
         self.n_rows = settings.step.loss_rows
@@ -159,23 +148,17 @@ class Intertwined(EMATeacher):
         settings = self.settings
         backbone = new_backbone(settings, drop_path, settings.positions, mask_tokens=True)
         if not backbone.has_cls:
-            weights = settings.backbone.weights
-            raise UserError(
-                f"backbone.weights: {weights} has no [CLS] token, which the image loss needs; use another file"
-            )
-        heads = {
-            name: ProjectionHead(backbone.embed_dim, **settings.heads.model_dump())
-            for name in self.head_names
-        }
+            needed = "has no [CLS] token, which the image loss needs"
+            raise UserError(f"backbone.weights: {settings.backbone.weights} {needed}; use another file")
+        sizes = settings.heads.model_dump()
+        heads = {name: ProjectionHead(backbone.embed_dim, **sizes) for name in self.head_names}
         return nn.ModuleDict({"backbone": backbone, **heads})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As all methods', with prototypes that wait."""
         optim = self.settings.optim
-        wait = optim.freeze_last_layer_epochs
-        return parameter_groups(
-            self.student, optim.head_lr_factor, lambda name: wait if "last_layer" in name else 0
-        )
+        frozen = lambda name: optim.freeze_last_layer_epochs if "last_layer" in name else 0  # noqa: E731
+        return parameter_groups(self.student, optim.head_lr_factor, frozen)
 
     @torch.no_grad()
     def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Prepared:
@@ -187,11 +170,8 @@ class Intertwined(EMATeacher):
             neighbors = []
             for i, batch in enumerate(micro_batches):
                 progress.seed_micro_batch(i)
-                neighbors.append(
-                    self.student_tokens(batch, with_locals=False)[0].cls.unflatten(
-                        0, (batch.views.n_global, -1)
-                    )
-                )
+                tokens, *_ = self.student_tokens(batch, with_locals=False)
+                neighbors.append(tokens.cls.unflatten(0, (batch.views.n_global, -1)))
         return Prepared(targets, centers, neighbors)
 
     def teacher_targets(self, batch: Batch) -> Targets:
@@ -210,12 +190,11 @@ class Intertwined(EMATeacher):
             rows = torch.cat([target[name].bottleneck.flatten(0, -2) for target in targets])
             teacher = HeadOutput(rows, targets[0][name].prototypes)
             if losses.centering == "sinkhorn_knopp":
-                centers[name] = sinkhorn_center(
-                    teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows
-                )
-                continue
-            centers[name] = getattr(self, f"center_{name}")
-            self.next_centers[name] = updated_center(centers[name], teacher, losses.center_momentum)
+                how = self.temperatures[1], losses.sinkhorn_iterations, self.n_rows
+                centers[name] = sinkhorn_center(teacher, *how)
+            else:
+                centers[name] = getattr(self, f"center_{name}")
+                self.next_centers[name] = updated_center(centers[name], teacher, losses.center_momentum)
         return centers
 
     def student_tokens(self, batch: Batch, with_locals: bool = True) -> list[Tokens]:
@@ -231,20 +210,16 @@ class Intertwined(EMATeacher):
         """Eq. 6. With several micro-batches KoLeo is that of the whole batch, its value the same for each;
         in ``total`` it counts once a micro-batch, so that the mean of their gradients is the batch's."""
         batch, targets, centers = micro_batch, prepared.targets[i], prepared.centers
-        losses, student, n_rows = self.settings.losses, self.student, self.n_rows
+        losses, student, how = self.settings.losses, self.student, (self.temperatures, self.n_rows)
         tokens = self.student_tokens(batch)
         global_cls = tokens[0].cls.unflatten(0, (batch.views.n_global, -1))  # [G, B, D]
         cls = torch.cat([group.cls for group in tokens]).unflatten(0, (-1, batch.n_images))  # [G + L, B, D]
-        image = image_loss(
-            student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows
-        )
+        image = image_loss(student["image"](cls), targets["image"], centers["image"], *how)
         terms = {"image": losses.image * image}
         for kind in self.kinds:
             weights, n_crops = getattr(batch.masks, f"{kind}_weight"), len(tokens[0].cls)
             output = student[kind](masked_patches(tokens[0], batch, kind))
-            value = patch_loss(
-                output, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows
-            )
+            value = patch_loss(output, targets[kind], centers[kind], weights, n_crops, *how)
             terms[kind] = getattr(losses, kind) * value
         total = torch.stack(list(terms.values())).sum()
         if losses.koleo > 0:
@@ -275,13 +250,11 @@ class Intertwined(EMATeacher):
 
 
 def among(neighbors: Sequence[Tensor], own: int, cls: Tensor) -> Tensor:
-    """All micro-batches' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the
-    gradient goes."""
+    """All micro-batches' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D] with a gradient."""
     return torch.cat([cls if i == own else tokens for i, tokens in enumerate(neighbors)], dim=1)
 
 
 def masked_patches(tokens: Tokens, batch: Batch, kind: str) -> Tensor:
-    """The tokens of the masked patches of a kind, [M, D]. Picked by index: for a boolean mask the host
-    would wait."""
+    """The masked patches' tokens, [M, D]. Picked by index: for a boolean mask the host would wait."""
     index: Tensor = getattr(batch.masks, f"{kind}_index")
     return tokens.patches.flatten(0, 1).index_select(0, index)

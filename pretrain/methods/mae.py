@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.backbones.attention import choose_attention
-from pretrain.backbones.block import Block
-from pretrain.backbones.checkpointing import run_block
+from pretrain.backbones.block import Block, run_block
 from pretrain.backbones.position import sincos_table
 from pretrain.backbones.vit import ViewGroup, ViT
 from pretrain.errors import UserError
 from pretrain.losses import masked_pixel_loss
 from pretrain.methods.backbones import check_crops, new_backbone
-from pretrain.methods.method import LossTerms, Method, TrainSettings
+from pretrain.methods.method import LossTerms, Method, TrainSettings, recipe_setting
 from pretrain.settings import Settings as Group
 from pretrain.settings import setting
 from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSettings, ViewSettings
@@ -96,7 +95,7 @@ class MAE(Method):
     class Settings(TrainSettings):
         """One crop an image and its masks; the recipe says the rest."""
 
-        recipe: str = setting("mae-800ep", "compared with", source="ours", in_recipe=False, fixed=False)
+        recipe: str = recipe_setting("mae-800ep")
         crops: CropSettings = CropSettings()
         mae: MAESettings = MAESettings()
 

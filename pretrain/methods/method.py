@@ -32,50 +32,36 @@ class RunSettings(Settings):
     """Where a run goes, and what it computes with."""
 
     in_recipe = False
-    name: str = setting(
-        "", "under which results are reported; without: the method's", source="ours", min_length=0
-    )
-    output: str = setting("runs/pretrain", "folder of this run", source="ours", fixed=False, min_length=1)
+    name: str = setting("", "under which results are reported; without: the method's", min_length=0)
+    output: str = setting("runs/pretrain", "folder of this run", fixed=False, min_length=1)
     init_from: str = setting(
-        "",
-        "folder of an earlier run: its networks, heads and centers, at iteration 0 with a fresh optimizer",
-        source="ours",
+        "", "folder of an earlier run: its networks, heads and centers, at iteration 0 with a fresh optimizer"
     )
     seed: int = setting(
-        0,
-        "of everything that is drawn: networks, order, views, masks, drop path",
-        source="ours",
-        ge=0,
-        le=2**31,
+        0, "of everything that is drawn: networks, order, views, masks, drop path", ge=0, le=2**31
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
-        "auto", "the run computes on", source="ours", fixed=False
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "the run computes on", fixed=False)
     precision: Literal["auto", "float32", "bf16", "float64"] = setting(
-        "auto", "auto: bf16 on CUDA, float32 elsewhere", source="ours"
+        "auto", "auto: bf16 on CUDA, float32 elsewhere"
     )
     deterministic: Literal["cpu", "always", "never"] = setting(
-        "cpu",
-        "torch's deterministic algorithms: cpu (there only: on CUDA they cost speed) | always | never",
-        source="ours",
+        "cpu", "torch's deterministic algorithms: cpu (there only: on CUDA they cost speed) | always | never"
     )
+
+
+def recipe_setting(default: str) -> Any:
+    """The field ``recipe`` of a method's settings, with its own recipe as the default."""
+    text = "recipe that the run stands on and is compared with; set by base: NAME"
+    return setting(default, text, in_recipe=False, fixed=False)
 
 
 class TrainSettings(Settings):
     """Settings of a run that every method has; a method adds its own groups."""
 
     method: str = setting(
-        "intertwined",
-        "module in pretrain/methods, a dotted module or a .py file that holds the method",
-        source="ours",
+        "intertwined", "module in pretrain/methods, a dotted module or a .py file that holds the method"
     )
-    recipe: str = setting(
-        "",
-        "recipe that the run stands on and is compared with; set by base: NAME",
-        source="ours",
-        in_recipe=False,
-        fixed=False,
-    )
+    recipe: str = recipe_setting("")
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -110,8 +96,7 @@ class Progress:
     seed: int
 
     def seed_micro_batch(self, i: int) -> None:
-        """Seed torch from (seed, iteration, rank, i): drop path is drawn alike whenever micro-batch i goes
-        through a network."""
+        """Seed torch from (seed, iteration, rank, i): micro-batch i always draws the same dropped paths."""
         words = [self.seed, self.iteration, distributed.rank(), i]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
@@ -173,8 +158,7 @@ class Method(nn.Module, ABC):
         return self.loss(micro_batch, prepared, i)
 
     def after_step(self, progress: Progress) -> dict[str, float]:
-        """What follows the optimizer's step (a teacher, centers); not called where a step is skipped.
-        Returns values to log."""
+        """What follows a step that is not skipped (a teacher, centers). Returns values to log."""
         return {}
 
     def exported_backbone(self) -> ViT:
@@ -204,14 +188,12 @@ class TeacherSettings(TrainSettings):
 
 
 class EMATeacher(Method):
-    """A method whose teacher is a moving average of the student: ModuleDicts of the same modules in the
-    same order."""
+    """A method whose teacher, a ModuleDict of the same modules, is a moving average of the student."""
 
     teacher: nn.ModuleDict
 
     def make_networks(self) -> None:
-        """``student`` and ``teacher`` from :meth:`network`, with the same weights; the teacher takes no
-        gradient."""
+        """``student`` and ``teacher`` from :meth:`network`, with the same weights."""
         self.student = self.network(self.settings.backbone.drop_path)
         self.teacher = self.network(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -223,10 +205,8 @@ class EMATeacher(Method):
 
     def after_step(self, progress: Progress) -> dict[str, float]:
         """teacher <- m teacher + (1 - m) student; m rises along a cosine."""
-        optim = self.settings.optim
-        momentum = cosine(
-            progress.iteration, progress.total_iters, optim.teacher_momentum, optim.teacher_momentum_end
-        )
+        start, end = self.settings.optim.teacher_momentum, self.settings.optim.teacher_momentum_end
+        momentum = cosine(progress.iteration, progress.total_iters, start, end)
         ema_update(self.teacher, self.student, momentum)
         return {"teacher_momentum": momentum}
 

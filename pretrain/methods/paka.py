@@ -21,7 +21,8 @@ from pretrain.errors import UserError
 from pretrain.heads import MLPSettings, mlp
 from pretrain.losses import alignment_loss
 from pretrain.methods.backbones import check_crops, started_backbone
-from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings
+from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings, recipe_setting
+from pretrain.precision import at_least_float32
 from pretrain.settings import Settings as Group
 from pretrain.settings import setting
 from pretrain.views import ColorSettings, CropSettings, PositionSettings, ViewSettings
@@ -31,8 +32,7 @@ from pretrain.views.regions import overlaps, read_regions
 
 
 class AlignmentSettings(Group):
-    """Pairs of a global crop (teacher) and a local one (student), and how they are compared (METHOD.md
-    10)."""
+    """Pairs of a global crop (teacher) and a local one (student), and how they compare (METHOD.md 10)."""
 
     loss: Literal["cka", "frobenius", "gram"] = setting(
         "cka",
@@ -40,11 +40,10 @@ class AlignmentSettings(Group):
         source="PaKA",
     )
     kernel: Literal["linear", "rbf"] = setting("linear", "of cka and frobenius", source="PaKA")
-    bandwidth: float = setting(1.0, "of rbf, in root mean square distances", source="ours", ge=1e-6)
+    bandwidth: float = setting(1.0, "of rbf, in root mean square distances", ge=1e-6)
     pairs: Literal["all", "parent"] = setting(
         "all",
         "all pairs that overlap | parent: a local crop and the global one that it lies in (local_rule=same: these)",
-        source="ours",
     )
     region_grid: int = setting(
         7,
@@ -53,9 +52,9 @@ class AlignmentSettings(Group):
         ge=2,
         le=64,
     )
-    region_samples: int = setting(2, "points a bin and side", source="ours", ge=1, le=16)
+    region_samples: int = setting(2, "points a bin and side", ge=1, le=16)
     min_overlap_patches: float = setting(
-        2.0, "pairs whose overlap is narrower in either crop are left out", source="ours", ge=1e-6
+        2.0, "pairs whose overlap is narrower in either crop are left out", ge=1e-6
     )
     head: bool = setting(
         True,
@@ -85,12 +84,9 @@ class PaKA(EMATeacher):
     stage = "posttrain"
 
     class Settings(TeacherSettings):
-        """Defaults of the engine; ``base: paka-25ep`` and the other recipes say what a post-training
-        changes."""
+        """Defaults of the engine; ``base: paka-25ep`` and other recipes say what a post-training changes."""
 
-        recipe: str = setting(
-            "paka-25ep", "recipe that the run is compared with", source="ours", in_recipe=False, fixed=False
-        )
+        recipe: str = recipe_setting("paka-25ep")
         crops: CropSettings = CropSettings()
         positions: PositionSettings = PositionSettings()
         color: ColorSettings = ColorSettings()
@@ -105,37 +101,27 @@ class PaKA(EMATeacher):
         @model_validator(mode="after")
         def _check(self) -> Self:
             """A start, crops that can overlap, a network that moves."""
-            crops, alignment, optim, patch_size = (
-                self.crops,
-                self.alignment,
-                self.optim,
-                self.backbone.patch_size,
-            )
+            crops, alignment, optim = self.crops, self.alignment, self.optim
+            patch_size = self.backbone.patch_size
             check_crops(crops, patch_size, least_globals=2)
             if not self.backbone.weights:
-                raise UserError(
-                    "backbone.weights is empty, but a post-training starts from a backbone; set backbone.weights=FILE"
-                )
+                start = "a post-training starts from a backbone; set backbone.weights=FILE"
+                raise UserError(f"backbone.weights is empty, but {start}")
             if not crops.n_local:
-                raise UserError(
-                    "crops.n_local=0, but the student of method=paka sees local crops; set it to 1 or more"
-                )
+                seen = "the student of method=paka sees local crops; set it to 1 or more"
+                raise UserError(f"crops.n_local=0, but {seen}")
             for name in ("global_px", "local_px"):
                 n = getattr(crops, name) // patch_size
                 if crops.local_rule != "same" and alignment.min_overlap_patches >= n - 1:
                     least = f"alignment.min_overlap_patches={alignment.min_overlap_patches:g}"
                     span = f"the centers of crops.{name}={getattr(crops, name)} span {n - 1} patches"
                     raise UserError(f"{least} leaves no overlap: {span}; lower it")
-            if (
-                self.run.export_network == "teacher"
-                and optim.teacher_momentum == optim.teacher_momentum_end == 1
-            ):
+            stands_still = optim.teacher_momentum == optim.teacher_momentum_end == 1
+            if stands_still and self.run.export_network == "teacher":
                 still = "with optim.teacher_momentum=1 it stays what backbone.weights is"
                 raise UserError(f"run.export_network=teacher, but {still}; set run.export_network=student")
-            n, n_points = (
-                min(crops.global_px, crops.local_px) // patch_size,
-                alignment.region_grid * alignment.region_samples,
-            )
+            n = min(crops.global_px, crops.local_px) // patch_size
+            n_points = alignment.region_grid * alignment.region_samples
             if crops.local_rule == "same" and crops.local_px != crops.global_px and n_points > n:
                 points = f"alignment.region_grid * alignment.region_samples={n_points} points"
                 rule = "of a whole crop (crops.local_rule=same)"
@@ -153,8 +139,7 @@ class PaKA(EMATeacher):
         network = nn.ModuleDict({"backbone": backbone})
         if settings.alignment.head:
             head = mlp(backbone.embed_dim, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
-            # Centered kernels do not see a common shift: the gradient would be rounding alone, which AdamW
-            # makes a whole step of.
+            # Centered kernels see no common shift: its gradient is rounding, and AdamW's step whole.
             head.get_parameter(f"{len(head) - 1}.bias").requires_grad_(settings.alignment.loss == "gram")
             network["head"] = head
         return network
@@ -165,24 +150,23 @@ class PaKA(EMATeacher):
         it, the mean over micro-batches and ranks is the mean over overlaps."""
         targets = [self.teacher_targets(batch) for batch in micro_batches]
         n = torch.stack([target.are.sum() for target in targets]).sum()
-        n = n.to(torch.promote_types(targets[0].features.dtype, torch.float32))
+        n = n.to(at_least_float32(targets[0].features).dtype)
         return Prepared(targets, sum_over_ranks(n) / (len(targets) * world_size()))
 
     def teacher_targets(self, batch: Batch) -> Targets:
         """The teacher's features in every overlap of a global and a local crop."""
         regions, are = self._regions(batch)
-        features = self._features(
-            self.teacher, batch.global_crops, batch.views, slice(0, batch.views.n_global), regions
+        which = slice(0, batch.views.n_global)
+        return Targets(
+            regions, are, self._features(self.teacher, batch.global_crops, batch.views, which, regions)
         )
-        return Targets(regions, are, features)
 
     def loss(self, micro_batch: Batch, prepared: Prepared, i: int) -> LossTerms:
         """The mean over all overlaps of the batch; without any overlap 0."""
         batch, targets, alignment = micro_batch, prepared.targets[i], self.settings.alignment
         regions = targets.regions.transpose(1, 2)  # [B, L, G, 4]
-        features = self._features(
-            self.student, batch.local_crops, batch.views, slice(batch.views.n_global, None), regions
-        )
+        which = slice(batch.views.n_global, None)
+        features = self._features(self.student, batch.local_crops, batch.views, which, regions)
         student = features.transpose(1, 2).flatten(0, 2)  # [B G L, n, d]
         kernel = alignment.kernel, alignment.bandwidth
         losses = alignment_loss(alignment.loss, student, targets.features.flatten(0, 2), *kernel)
@@ -190,23 +174,16 @@ class PaKA(EMATeacher):
         return LossTerms(loss, {alignment.loss: loss})
 
     def _regions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Where each global and each local crop of an image are compared, [B, G, L, 4], and whether they
-        are, [B, G, L]."""
-        views, alignment = batch.views, self.settings.alignment
-        n_local = views.boxes.shape[1] - views.n_global
-        device = views.boxes.device
-        # [G, L]
-        own = parents(views.n_global, n_local, device) == torch.arange(views.n_global, device=device)[:, None]
+        """Where each global and local crop of an image are compared, [B, G, L, 4]; if at all, [B, G, L]."""
+        views, alignment, n_global = batch.views, self.settings.alignment, batch.views.n_global
+        n_local, device = views.boxes.shape[1] - n_global, views.boxes.device
+        own = parents(n_global, n_local, device) == torch.arange(n_global, device=device)[:, None]  # [G, L]
         # the crop itself: with a bin a patch and one point a bin, its very patches
         if self.settings.crops.local_rule == "same":
-            whole = views.boxes[:, None, views.n_global :].expand(-1, views.n_global, -1, -1)
+            whole = views.boxes[:, None, n_global:].expand(-1, n_global, -1, -1)
             return whole, own.expand(len(whole), -1, -1)
-        regions, are = overlaps(
-            views,
-            self._grid(batch.global_crops),
-            self._grid(batch.local_crops),
-            alignment.min_overlap_patches,
-        )
+        grids = self._grid(batch.global_crops), self._grid(batch.local_crops)
+        regions, are = overlaps(views, *grids, alignment.min_overlap_patches)
         return regions, are & own if alignment.pairs == "parent" else are
 
     def _features(self, network: Any, crops: Tensor, views: Views, which: slice, regions: Tensor) -> Tensor:
@@ -218,9 +195,8 @@ class PaKA(EMATeacher):
         """
         alignment, grid = self.settings.alignment, self._grid(crops)
         (tokens,) = network["backbone"].forward_views([ViewGroup(crops, *views.of(which))])
-        boxes, flips, of_views = (
-            x.transpose(0, 1).flatten(0, 1) for x in (views.boxes[:, which], views.flips[:, which], regions)
-        )
+        of_each = views.boxes[:, which], views.flips[:, which], regions
+        boxes, flips, of_views = (x.transpose(0, 1).flatten(0, 1) for x in of_each)
         bins = alignment.region_grid, alignment.region_samples
         x = read_regions(tokens.patches, grid, boxes, flips, of_views, *bins)
         x = network["head"](x) if "head" in network else x  # [V * B, K, n, d]
@@ -236,7 +212,6 @@ class PaKA(EMATeacher):
         teacher's features in a region, relative to their size (near 0: all patches are one point)."""
         targets = prepared.targets[0]
         x = targets.features.flatten(0, 2)[:256].float()
-        spread = (x - x.mean(1, keepdim=True)).square().mean().sqrt() / x.square().mean().sqrt().clamp(
-            min=1e-12
-        )
-        return {"overlaps": targets.are.float().mean(), "feature_std": spread}
+        spread = (x - x.mean(1, keepdim=True)).square().mean().sqrt()
+        relative = spread / x.square().mean().sqrt().clamp(min=1e-12)
+        return {"overlaps": targets.are.float().mean(), "feature_std": relative}

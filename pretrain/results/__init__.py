@@ -1,5 +1,4 @@
-"""What a run leaves (schema, provenance) and what is made of it (tables, report). A leaf above
-pretrain.errors, pretrain.files and pretrain.settings."""
+"""What a run leaves, and what is made of it; a leaf above pretrain's errors, files and settings."""
 
 from pretrain.results.provenance import file_hash
 from pretrain.results.schema import Protocol, Result, read_result, write_result

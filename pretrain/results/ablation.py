@@ -1,5 +1,4 @@
-"""The table of an ablation: pre-trainings that differ in a few settings, each with its fine-tuning, over
-seeds."""
+"""The table of an ablation: pre-trainings that differ in a few settings, each fine-tuned, over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,7 @@ from pretrain.results.schema import Protocol, Result
 from pretrain.results.tables import MEASURED, NONE, FootNotes, Line, Table, record, score_values
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
-KEYS = [
-    "method",
-    "changed",
-    *(f"{name}{end}" for name in (*METRICS, "box_ap_gain") for end in ("", "_std")),
-    "seeds",
-]
+SCORE_KEYS = [f"{name}{end}" for name in (*METRICS, "box_ap_gain") for end in ("", "_std")]
 
 
 @dataclass(frozen=True)
@@ -60,21 +54,14 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         row = {"method": method, "changed": changed, "seeds": cells[-1]}
         for name, score in {**scores, "box_ap_gain": gain}.items():
             row |= score_values(name, score)
-        records.append(record(KEYS, row))
-    changed_head, gain_head = f"changed from {reference!r}", "box AP against it"
-    return Table(
-        title=title,
-        columns=("source", "method", changed_head, *METRICS.values(), gain_head, "seeds"),
-        groups=(tuple(lines),),
-        notes=tuple(_notes(rows, reference, notes)),
-        numeric=frozenset({3, 4, 5, 6}),
-        records=tuple(records),
-    )
+        records.append(record(["method", "changed", *SCORE_KEYS, "seeds"], row))
+    heads = (f"changed from {reference!r}", *METRICS.values(), "box AP against it")
+    texts = _notes(rows, reference, notes)
+    return Table.of(title, ("source", "method", *heads, "seeds"), [lines], texts, range(3, 7), records)
 
 
 def changes(base: Protocol, other: Protocol) -> str:
-    """In which settings one pre-training differs from another, "positions.reference crops → image"; "" for
-    none.
+    """In which settings one pre-training differs from another, "positions.reference crops → image", or "".
 
     Both follow one recipe: a setting in which neither deviates from it is the same in both.
     """
@@ -108,9 +95,8 @@ def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Sco
     """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
     seeds = sorted(by_seed.keys() & base.keys())
     pairs = [(by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics) for seed in seeds]
-    return Score.over(
-        [own[metric] - other[metric] for own, other in pairs if metric in own and metric in other]
-    )
+    both = [(own[metric], other[metric]) for own, other in pairs if metric in own.keys() & other.keys()]
+    return Score.over([own - other for own, other in both])
 
 
 def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) -> list[str]:

@@ -3,6 +3,7 @@
 The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a scaled-down one ‡ and a foot note.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +12,8 @@ from pretrain.results import tables
 from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.rows import Measured, alike, ranked
 from pretrain.results.schema import Result
-from pretrain.results.tables import ABOUT, DIFFERENCE, FootNotes, Line, Table
+from pretrain.results.tables import DIFFERENCE, Table
 
-PREFIX = "dense-"  # of the protocols' names, before the set's
 SETS = {
     "voc2012": "Pascal VOC 2012",
     "ade20k": "ADE20K",
@@ -51,52 +51,26 @@ def dense_table(
     if against and against not in methods:
         there = ", ".join(sorted(methods)) or "none at all"
         raise UserError(f"no dense result is of the method {against!r}; there are {there}")
-    sets = _sets(rows)
-    printed = [
-        row for row in (published_dense() if published is None else published) if not rows or row.set in sets
-    ]
+    measured = {tables.set_of(row) for row in rows}  # first the known sets in their order, then by name
+    sets = [*(name for name in SETS if name in measured), *sorted(measured - set(SETS))]
+    published = published_dense() if published is None else published
+    printed = [row for row in published if not rows or row.set in sets]
     if not rows and not printed:
         return None
     heads = _heads(rows, printed)
-    columns = [*ABOUT]
-    for head in heads.values():
-        columns += [head, *[DIFFERENCE] * bool(against)]
-    numeric = frozenset(range(3, len(columns)))
-    columns += ["protocol", "seeds", "note"]
     keys = ["source", "mark", "protocol_is_full", "set", *tables.METHOD_FIELDS, *tables.score_keys(heads)]
     keys += [f"{name}_difference" for name in heads if against]
     keys += ["pretraining_protocol", "protocol", "deviations", "seeds", "config", "note"]
-    notes, groups, records = FootNotes(), [], []
+    groups = []
     for name in sets or dict.fromkeys(row.set for row in printed):
-        lines = [Line("heading", False, (SETS.get(name, name), *[""] * (len(columns) - 1)))]
-        for row in (row for row in printed if row.set == name):
-            lines.append(tables.published_line(row, heads, [""], row.note, has_gains=bool(against)))
-            records.append(tables.record(keys, tables.published_values(row) | {"set": name}))
-        for found in (row for row in rows if _set(row) == name):
-            gains = _gains(found, rows, heads, against)
-            lines.append(tables.measured_line(found, heads, notes, rows, gains if against else None))
-            differences = {f"{score}_difference": tables.number_text(gain) for score, gain in gains.items()}
-            values = tables.measured_values(found, heads) | differences | {"set": name}
-            records.append(tables.record(keys, values))
-        groups.append(tuple(lines))
-    return Table(
-        title="Dense evaluation without fine-tuning",
-        columns=tuple(columns),
-        groups=tuple(groups),
-        notes=(*_notes(rows, printed, heads, against), *notes.texts()),
-        numeric=numeric,
-        records=tuple(records),
-    )
-
-
-def _set(row: Measured) -> str:
-    return row.run.protocol.name.removeprefix(PREFIX)
-
-
-def _sets(rows: Sequence[Measured]) -> list[str]:
-    """Of the rows: first the known sets in their order, then the others by name."""
-    names = {_set(row) for row in rows}
-    return [*(name for name in SETS if name in names), *sorted(names - set(SETS))]
+        found = [row for row in rows if tables.set_of(row) == name]
+        groups.append((SETS.get(name, name), [row for row in printed if row.set == name], found))
+    gains = functools.partial(_gains, rows=rows, heads=heads, against=against) if against else None
+    alike_in = "in points, where backbone and evaluation are the same."
+    more = [f"{DIFFERENCE}: mean minus that of {against}, {alike_in}"] * bool(against)
+    title, what = "Dense evaluation without fine-tuning", "configuration or weights"
+    texts = _notes(heads, bool(printed))
+    return tables.side_by_side(title, groups, heads, ["protocol"], keys, texts, what, gains, more)
 
 
 def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:
@@ -113,7 +87,7 @@ def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[
 
 
 def _gains(
-    row: Measured, rows: Sequence[Measured], heads: Mapping[str, str], against: str
+    row: Measured, *, rows: Sequence[Measured], heads: Mapping[str, str], against: str
 ) -> dict[str, float | None]:
     """Differences of the means to those of the method ``against``, in points; None without one to compare."""
     # The config also says from which kind of file, which may differ.
@@ -128,23 +102,15 @@ def _gains(
     return gains
 
 
-def _notes(
-    rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str
-) -> list[str]:
-    more_clusters = any(map(MORE_CLUSTERS.fullmatch, heads))
+def _notes(heads: Mapping[str, str], has_published: bool) -> list[str]:
     kinds = {
         "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best.":
             "in_context_hungarian_miou" in heads,
         "Clustering: as many clusters as classes, matched one to one (Hungarian).": "clustering_miou" in heads,
-        "K clusters, more than classes: each counts as the class that it fits best.": more_clusters,
+        "K clusters, more than classes: each counts as the class that it fits best.":
+            any(map(MORE_CLUSTERS.fullmatch, heads)),
         "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, "
-        "for the public Hummingbird evaluation matches classes before it counts.": bool(printed),
+        "for the public Hummingbird evaluation matches classes before it counts.": has_published,
     }  # fmt: skip
-    gains = (
-        f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same."
-    )
-    return [
-        "mIoU and accuracy in percent, of features that were not fine-tuned.",
-        *(text for text, is_shown in kinds.items() if is_shown),
-        *tables.source_notes(printed, rows, heads, "configuration or weights", [gains] if against else []),
-    ]
+    texts = [text for text, is_shown in kinds.items() if is_shown]
+    return ["mIoU and accuracy in percent, of features that were not fine-tuned.", *texts]

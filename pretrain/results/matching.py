@@ -31,11 +31,6 @@ def same_name(one: str, other: str) -> bool:
     return _folded(one) == _folded(other)
 
 
-def is_method(row: PublishedRow) -> bool:
-    """Whether a row is the method itself, with nothing changed."""
-    return row.recipe == METHOD and not row.changes
-
-
 def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow) -> bool:
     """Whether a measured row stands beside a published one.
 
@@ -56,11 +51,9 @@ def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow)
 
 def further_deviations(pretraining: Protocol | None) -> Protocol | None:
     """In what a pre-training deviates beside what the paper's rows vary; None: in nothing, or unknown."""
-    pairs = {} if pretraining is None else pretraining.deviations
+    pairs = pretraining.deviations if pretraining else {}
     rest = {key: pair for key, pair in pairs.items() if key not in varied_keys()}
-    if pretraining is None or not rest:
-        return None
-    return Protocol(name=pretraining.name, version=pretraining.version, full=False, deviations=rest)
+    return pretraining.model_copy(update={"deviations": rest}) if pretraining and rest else None
 
 
 @functools.cache

@@ -1,5 +1,4 @@
-"""Texts from the templates beside this file; html pages are self-contained: no script, no external file, every
-text escaped."""
+"""Texts from the templates beside this file; html pages load no script and no file, and every text is escaped."""
 
 import base64
 import html
@@ -53,6 +52,5 @@ def from_template(name: str, **values: Any) -> str:
 
 def page(title: str, sections: Mapping[str, str]) -> str:
     """A page with its style: the sections {head (one word): html} that are not empty, and links to them."""
-    return from_template(
-        "base.html", title=title, sections={head: Markup(body) for head, body in sections.items()}
-    )
+    marked = {head: Markup(body) for head, body in sections.items()}
+    return from_template("base.html", title=title, sections=marked)

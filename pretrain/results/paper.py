@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pretrain.results import tables
-from pretrain.results.matching import belongs, further_deviations, is_method, same_name
+from pretrain.results.matching import METHOD, belongs, further_deviations, same_name
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
 from pretrain.results.rows import Measured, backbone_family, backbone_label, merge
 from pretrain.results.schema import Protocol, Result, to_json
@@ -100,33 +100,30 @@ NOT_COMPARABLE = "Not comparable with the published numbers, so there is no diff
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table: published, measured or both.
+    """One row of a table: published, measured or both; of a measured one alone, ``row`` is of no table.
 
     ``pretraining``: in what the pre-training of the measured one deviates from the published row's.
     """
 
-    row: PublishedRow | None
-    measured: Measured | None
+    row: PublishedRow
+    measured: Measured | None = None
     pretraining: Protocol | None = None
 
-    @property
-    def family(self) -> str:
-        """ "ViT-S/16"."""
-        if self.row is not None:
-            return self.row.backbone
-        assert self.measured is not None
-        return backbone_family(self.measured.run.backbone)
+    @classmethod
+    def alone(cls, measured: Measured) -> "TableRow":
+        """A measured row without a published one."""
+        run = measured.run
+        about = ("", run.method, backbone_family(run.backbone), run.effective_epochs)
+        return cls(PublishedRow(*about, None, None, None, ""), measured, measured.pretraining)
 
     def scaled(self, score: str) -> tuple[Protocol, ...]:
         """The protocols from which a measured score deviates; none: it may be compared."""
-        assert self.measured is not None
-        protocols = (self.pretraining, self.measured.protocol(score))
+        protocols = (self.pretraining, self.measured.protocol(score) if self.measured else None)
         return tuple(protocol for protocol in protocols if protocol is not None and protocol.deviations)
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
-        printed = getattr(self.row, score, None)
-        measured = None if self.measured is None else self.measured.score(score)
+        printed, measured = self.row.scores[score], self.measured.score(score) if self.measured else None
         return None if printed is None or measured is None or self.scaled(score) else measured.mean - printed
 
 
@@ -144,21 +141,29 @@ def paper_tables(results: Sequence[Result], published: str = "all") -> list[Tabl
     printed = published_rows()
     wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, published))
     placed: set[str] = set()
-    made = []
+    made: list[Table] = []
     for number in wanted:
         entries = _table_rows(number, results, printed)
         placed |= {to_json(run) for entry in entries if entry.measured for run in entry.measured.runs}
         made += _panels(number, entries)
-    return [*made, *_further([r for r in results if r.kind == "pretrain" or to_json(r) not in placed])]
+    others = [r for r in results if r.kind == "pretrain" or to_json(r) not in placed]
+    further = tables.comparison_table(others, [], "all")
+    if further.records:
+        rows = merge([result for result in others if not tables.is_elsewhere(result)])
+        records = tuple(_record("", TableRow.alone(row)) for row in rows)
+        made.append(replace(further, title="Runs that have no row in these tables", records=records))
+    return made
 
 
 def _table_rows(number: str, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
     """The published rows in their order, each with the measured ones that belong to it; then the others."""
     layout = LAYOUTS[number]
-    known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
-    known.pop(None, None)
+    known = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.weights_hash}
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
-    before = [_pretrainings(measured, known) for measured in found]
+    # Of each: the known protocols of its pre-trainings, each once; [None] where none is known.
+    hashes = [[run.weights_hash for run in measured.runs] for measured in found]
+    told = [{known[h].identity: known[h] for h in each if h in known} for each in hashes]
+    before: list[list[Protocol | None]] = [[*each.values()] or [None] for each in told]
     entries, matched = [], set()
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
@@ -167,35 +172,26 @@ def _table_rows(number: str, results: Sequence[Result], printed: Sequence[Publis
         fitting = [i for i in ours if belongs(found[i], before[i][0], row)]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
-        if is_method(row) and own:  # the method's own run stands in for an ablation's last row
-            fitting = own
+        if own and (row.recipe, row.changes) == (METHOD, ""):
+            fitting = own  # the method's own run stands in for an ablation's last row
         if row.table in dict(layout.parts or [("", number)]).values():
             beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
-            entries += beside or [TableRow(row, None)]
+            entries += beside or [TableRow(row)]
     if layout.own_rows:
-        others = [measured for i, measured in enumerate(found) if i not in matched]
-        entries += [TableRow(None, measured, measured.pretraining) for measured in others]
+        entries += [TableRow.alone(measured) for i, measured in enumerate(found) if i not in matched]
     return entries
-
-
-def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> list[Protocol | None]:
-    """The known protocols of the pre-trainings of a measured row, each once; [None] where none is known."""
-    hashes = [run.weights_hash for run in measured.runs]
-    return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
 
 
 def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     """A table a backbone."""
-    layout = LAYOUTS[number]
-    families = list(dict.fromkeys(entry.family for entry in entries))
-    printed = list(dict.fromkeys(entry.family for entry in entries if entry.row is not None))
+    printed = list(dict.fromkeys(entry.row.backbone for entry in entries if entry.row.table))
     panels = []
-    for family in families:
+    for family in dict.fromkeys(entry.row.backbone for entry in entries):
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        number_of_paper = f"Table {number}{letter} of the paper"
-        where = number_of_paper if family in printed else f"Beside the paper's Table {number}"
-        title = f"{where}: {layout.title}, {family}"
-        panels.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
+        of_paper = f"Table {number}{letter} of the paper"
+        where = of_paper if family in printed else f"Beside the paper's Table {number}"
+        title = f"{where}: {LAYOUTS[number].title}, {family}"
+        panels.append(_panel(number, title, [entry for entry in entries if entry.row.backbone == family]))
     return panels
 
 
@@ -208,42 +204,35 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
         columns += [head, f"measured {MEASURED}", DIFFERENCE][:width]
     columns += ["runs"] * beside
     for heading, table in (*(layout.parts or [("", number)]), (OWN_ROWS, "")):
-        part = [entry for entry in entries if (entry.row.table if entry.row is not None else "") == table]
+        part = [entry for entry in entries if entry.row.table == table]
         lines = [_line(layout, entry, entries, notes, beside) for entry in part]
         if lines and heading and len(lines) < len(entries):
-            lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
-        groups += [tuple(lines)] if lines else []
+            lines.insert(0, tables.heading_line(heading, columns))
+        groups += [lines] * bool(lines)
     heads = [("", n_keys), ("COCO", 2 * width)]
     heads += [("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
     scores = range(n_keys, n_keys + width * len(layout.scores))
-    return Table(
-        title=title,
-        columns=tuple(columns),
-        groups=tuple(groups),
-        notes=(*_notes(layout, entries), *notes.texts(NOT_COMPARABLE)),
-        numeric=frozenset([*scores, *([1] if "Eff. Ep." in layout.keys else [])]),
-        records=tuple(_record(number, entry) for entry in entries),
-        heads=tuple((text, span) for text, span in heads if span),
-        measured=frozenset(i for i in scores if (i - n_keys) % 3) if beside else frozenset(),
-    )
+    measured = frozenset(i for i in scores if (i - n_keys) % width)
+    numeric = [*scores, *[1] * ("Eff. Ep." in layout.keys)]
+    texts = [*_notes(layout, entries), *notes.texts(NOT_COMPARABLE)]
+    records = [_record(number, entry) for entry in entries]
+    spans = tuple((text, span) for text, span in heads if span)
+    return Table.of(title, columns, groups, texts, numeric, records, heads=spans, measured=measured)
 
 
 def _line(
     layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool
 ) -> Line:
     row, measured = entry.row, entry.measured
-    if row is not None:
-        usual = (row.method, tables.epochs_text(row.effective_epochs))[: len(layout.keys)]
-        cells = [*layout.cells.get(row.method, usual)]
-    else:
-        assert measured is not None
-        epochs = tables.epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
+    usual = (row.method, tables.epochs_text(row.effective_epochs))
+    cells = [*layout.cells.get(row.method, usual[: len(layout.keys)])]
+    if measured is not None and not row.table:
         # The registers, too, which the family in the title does not tell.
-        registers = backbone_label(measured.run.backbone).removeprefix(entry.family)
-        cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
+        registers = backbone_label(measured.run.backbone).removeprefix(row.backbone)
+        cells = [f"{row.method}{registers} {MEASURED}", usual[1] + notes.mark(entry.pretraining)]
     scaled = False
     for name in layout.scores:
-        printed, text, difference = getattr(row, name, None), "", ""
+        printed, text, difference = row.scores[name], "", ""
         if measured is not None and (score := measured.score(name)) is not None:
             scaled |= bool(entry.scaled(name))
             text = f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
@@ -253,12 +242,12 @@ def _line(
         shown = [NONE if printed is None else f"{printed:.1f}", text, difference]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
-    return Line("measured" if row is None else "published", scaled, tuple(cells))
+    return Line("published" if row.table else "measured", scaled, tuple(cells))
 
 
 def _place(entry: TableRow) -> object:
     """Equal for entries that only the configs of their runs set apart."""
-    return entry.row if entry.row is not None else entry.measured and entry.measured.identity
+    return entry.row if entry.row.table else entry.measured and entry.measured.identity
 
 
 def _runs(entry: TableRow, alone: bool) -> str:
@@ -266,7 +255,7 @@ def _runs(entry: TableRow, alone: bool) -> str:
     if entry.measured is None:
         return ""
     run, seeds = entry.measured.run, entry.measured.seeds
-    name = "" if entry.row is None or same_name(run.method, entry.row.method) else run.method
+    name = "" if same_name(run.method, entry.row.method) else run.method
     word = "" if ";" in seeds else "seeds " if "," in seeds else "seed "
     config = "" if alone else f"config {entry.measured.configs}"
     return "; ".join(text for text in (name, word + seeds, config) if text)
@@ -274,7 +263,7 @@ def _runs(entry: TableRow, alone: bool) -> str:
 
 def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
     measured = [entry.measured for entry in entries if entry.measured is not None]
-    shown = {entry.row.method for entry in entries if entry.row is not None}
+    shown = {entry.row.method for entry in entries if entry.row.table}
     texts = ["AP and mIoU in percent." if ADE20K in layout.protocols else "AP in percent."]
     texts += [text for method, text in ABOUT_METHODS.items() if method in shown]
     if measured:
@@ -284,36 +273,23 @@ def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
     return texts + tables.seeds_note(measured, SCORES)
 
 
-def _further(results: Sequence[Result]) -> list[Table]:
-    """What has no place in the tables asked for."""
-    table = tables.comparison_table(results, [], "all")
-    if not table.records:
-        return []
-    rows = merge([result for result in results if not tables.is_elsewhere(result)])
-    records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
-    return [replace(table, title="Runs that have no row in these tables", records=records)]
-
-
 def _record(number: str, entry: TableRow) -> dict[str, str]:
     """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
-    values = {"table": number, "source": "measured" if row is None else "published"}
+    values: dict[str, str] = {}
     if measured is not None:
         run = measured.run
         fields = tables.method_fields(run.method, run.backbone, run.effective_epochs)
-        values |= {f"run_{key}": text for key, text in fields.items()}
-        values |= fields | {"backbone": backbone_label(run.backbone)}
-        protocols = ["" if protocol is None else protocol.label for protocol in measured.protocols[1:]]
-        values |= dict(zip(("detection_protocol", "segmentation_protocol"), protocols))
+        values = tables.measured_values(measured, ()) | {f"run_{key}": text for key, text in fields.items()}
         found = {name: score for name in SCORES if (score := measured.score(name)) is not None}
-        scaled = {p.identity: p for name in found for p in entry.scaled(name)}
-        values |= {"protocol_is_full": str(not scaled).lower(), "config": measured.configs}
-        values |= {"deviations": " | ".join(p.text for p in scaled.values()), "seeds": measured.seeds}
+        scaled = {p.identity: p.text for name in found for p in entry.scaled(name)}
+        values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
         for name, score in found.items():
             values |= tables.score_values(name, score, "_measured")
-    if row is not None:
+    if row.table:
         values |= tables.method_fields(row.method, row.backbone, row.effective_epochs) | {"note": row.note}
     for name in SCORES:
-        values[f"{name}_published"] = tables.number_text(getattr(row, name, None))
+        values[f"{name}_published"] = tables.number_text(row.scores[name])
         values[f"{name}_difference"] = tables.number_text(entry.difference(name))
-    return tables.record(KEYS, values)
+    source = "published" if row.table else "measured"
+    return tables.record(KEYS, values | {"table": number, "source": source})

@@ -1,5 +1,4 @@
-"""Where a number comes from: versions, hardware, commit and hashes. Nothing here names a host, a user or a
-path."""
+"""Where a number comes from: versions, hardware, commit, hashes; nothing names a host, a user or a path."""
 
 import contextlib
 import hashlib
@@ -35,8 +34,7 @@ NOT_HASHED = ("seed", "weights", "output", "output_dir", "work_dir")
 
 
 def provenance(config: Mapping[str, Any], weights: str | Path | None = None) -> dict[str, Any]:
-    """The fields of a `Result` that no run should fill by hand: `Result(kind=..., ..., **provenance(config,
-    weights))`.
+    """The fields of a `Result` that no run should fill by hand.
 
     Gives config_hash, weights_hash (None without `weights`), git_commit (of this code), packages, hardware
     and peak_memory_mib.
@@ -61,19 +59,16 @@ def packages_in_use() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """cpu (model), cores (that this process may use), memory_gib, gpus (names), processes (of the
-    distributed run)."""
+    """cpu (model), cores (that this process may use), memory_gib, gpus (names), processes (of the run)."""
     torch = sys.modules.get("torch")  # a run has imported it; a table need not
-    gpus = []
-    if torch is not None and torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    spread = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    spread = torch and torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
-        "processes": torch.distributed.get_world_size() if torch is not None and spread else 1,
+        "processes": torch.distributed.get_world_size() if torch and spread else 1,
     }
 
 
@@ -112,11 +107,9 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
 
 
 def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED) -> str:
-    """12 hex digits of the SHA-256 of the canonical JSON of `config`, keys of any depth named in `without`
-    left out.
+    """12 hex digits of the SHA-256 of the canonical JSON of `config`, without keys of any depth in `without`.
 
-    The order of keys does not matter, nor whether a sequence is a list or a tuple. Raises UserError for a
-    config that JSON cannot hold.
+    Neither the order of keys matters, nor list or tuple. Raises UserError for what JSON cannot hold.
     """
 
     def kept(value: Any) -> Any:
@@ -132,8 +125,7 @@ def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED
 
 
 def file_hash(path: str | Path) -> str:
-    """12 hex digits of the SHA-256 of a file's bytes; of a folder of weights, of the files that a network is
-    read from.
+    """12 hex digits of the SHA-256 of a file's bytes; of a folder, of the files that a network is read from.
 
     Raises UserError when it cannot be read.
     """
@@ -155,7 +147,7 @@ def file_hash(path: str | Path) -> str:
 def peak_memory_mib() -> float:
     """MiB: the most that PyTorch held on one GPU, where this process used one; else the peak resident set."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch and torch.cuda.is_initialized():
         peak = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         if peak > 0:
             return round(peak / 2**20, 1)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pretrain.errors import UserError
 from pretrain.files import read_csv
@@ -42,6 +42,18 @@ class PublishedRow:
         """By the names of the csv."""
         return {name: getattr(self, name) for name in NUMBERS[1:]}
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of a csv. The protocols are the paper's own schedules (appendix B): our protocols are a reading of them."""
+        detection = f"{50 if self.table == '2' else 12} epochs" if self.box_ap is not None else ""
+        segmentation = "160k iterations" if self.ade20k_miou is not None else ""
+        return {"table": self.table, "detection_protocol": detection, "segmentation_protocol": segmentation}
+
+    @property
+    def about(self) -> str:
+        """The note of a table."""
+        return f"Table {self.table}" + (f": {self.note}" if self.note else "")
+
 
 @dataclass(frozen=True)
 class PublishedDense:
@@ -57,6 +69,17 @@ class PublishedDense:
     backbone: str
     scores: Mapping[str, float]
     note: str
+    effective_epochs: ClassVar[float | None] = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of a csv."""
+        return {"set": self.set, "protocol": ""}
+
+    @property
+    def about(self) -> str:
+        """The note of a table."""
+        return self.note
 
 
 def published_dense() -> list[PublishedDense]:

@@ -55,11 +55,9 @@ def in_command(line: str) -> str:
     """A command line as it is written today, wherever our files lie: ``posfield COMMAND``, configs by their
     names, and ``key=value`` words under the new keys."""
     words = as_posfield(shlex.split(line))
+    new = {f"{old}=": f"{key}=" for old, key in (DETECTION | SEGMENTATION).items()}
     pairs = [_CONFIG.sub(r"\1", word).partition("=") for word in words]
-    renamed = {**DETECTION, **SEGMENTATION}
-    return shlex.join(
-        f"{renamed.get(key, key) if equals else key}{equals}{value}" for key, equals, value in pairs
-    )
+    return shlex.join(new.get(key + equals, key + equals) + value for key, equals, value in pairs)
 
 
 def as_posfield(words: Sequence[str]) -> list[str]:
@@ -67,8 +65,8 @@ def as_posfield(words: Sequence[str]) -> list[str]:
     file = Path(words[1] if len(words) > 1 and words[1].endswith(".py") else "")
     if file.parts[-2:] == ("posfield", "__main__.py"):
         return ["posfield", *words[2:]]
-    if file.stem in TOOLS:
-        return ["posfield", *TOOLS[file.stem].split(), *words[2:]]
-    if words and words[0] in TOOLS:  # the notes of earlier comparisons
-        return ["posfield", *TOOLS[words[0]].split(), *words[1:]]
+    # the second: the notes of earlier comparisons
+    for tool, rest in ((file.stem, words[2:]), (words[0] if words else "", words[1:])):
+        if tool in TOOLS:
+            return ["posfield", *TOOLS[tool].split(), *rest]
     return list(words)

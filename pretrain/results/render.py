@@ -1,15 +1,12 @@
-"""A :class:`Table` as Markdown, csv, LaTeX or html. All that a run says of itself is escaped, in every
-format."""
+"""A :class:`Table` as Markdown, csv, LaTeX or html. All that a run says of itself is escaped in each."""
 
-import csv
 import html
-import io
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from pretrain.errors import UserError
+from pretrain.files import csv_text
 from pretrain.results.pages import FILTERS, from_template
 from pretrain.results.tables import Table
 
@@ -43,7 +40,7 @@ def render(table: Table, format: str) -> str:
     if format not in FORMATS:
         raise UserError(f"format {format!r} is none of {', '.join(FORMATS)}")
     if format == "csv":
-        return _csv(table)
+        return csv_text(table.records)
     ends = list(accumulate(span for _, span in table.heads))
     return from_template(
         f"table.{'tex' if format == 'latex' else format}",
@@ -54,22 +51,11 @@ def render(table: Table, format: str) -> str:
 
 
 def render_all(tables: Sequence[Table], format: str) -> str:
-    """Several tables, one below the other. As csv, those with other columns than the first one are left
-    out."""
+    """Several tables, one below the other. As csv, those with other columns than the first are left out."""
     if format == "csv":
         records = [record for table in tables for record in table.records]
-        alike = tuple(record for record in records if record.keys() == records[0].keys())
-        return render(replace(tables[0], records=alike), format)
+        return csv_text(record for record in records if record.keys() == records[0].keys())
     return "\n".join(render(table, format) for table in tables)
-
-
-def _csv(table: Table) -> str:
-    file = io.StringIO()
-    if table.records:
-        writer = csv.DictWriter(file, fieldnames=list(table.records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.records)
-    return file.getvalue()
 
 
 def markdown_text(text: str) -> str:

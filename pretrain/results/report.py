@@ -46,11 +46,10 @@ def tables_of(
     dense = dense_table(results, against=against) if "dense" in kinds or layout == "dense" else None
     has_others = bool(kinds & {"detection", "segmentation"})
     comparisons: list[Table] = []
-    if has_others or published or dense is None:
-        if layout == "paper":
-            comparisons = paper_tables(results, published or "all")
-        elif layout == "list" or has_others:
-            comparisons = [tables.comparison_table(results, table=published or "1")]
+    if layout == "paper" and (has_others or published or dense is None):
+        comparisons = paper_tables(results, published or "all")
+    elif has_others or layout == "list" and (published or dense is None):
+        comparisons = [tables.comparison_table(results, table=published or "1")]
     first = [dense, *comparisons] if layout == "dense" else [*comparisons, dense]
     others = (tables.segmentation_table, tables.posttraining_table, tables.pretraining_table)
     return [table for table in (*first, *(make(results) for make in others)) if table is not None]
@@ -59,8 +58,7 @@ def tables_of(
 def build_report(
     runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
 ) -> str:
-    """The page: summary, curves, tables, figures and what is needed to repeat the runs; the same bytes each
-    time.
+    """The page: summary, curves, tables, figures, and what repeats the runs; the same bytes each time.
 
     Args:
         runs: in any order: they are sorted by kind, method, backbone and seed.
@@ -72,16 +70,25 @@ def build_report(
     """
 
     def order(run: Run) -> tuple:
-        r, stages = run.result, list(STAGES)
-        key = (stages.index(r.stage), r.method, r.backbone, r.protocol.label)
+        r = run.result
+        key = (list(STAGES).index(r.stage), r.method, r.backbone, r.protocol.label)
         return *key, r.seed, r.created, r.config_hash
 
     runs = sorted(runs, key=order)
     results = [run.result for run in runs]
     names = run_names(results)
+    times = {kind: [r.wall_time_s for r in results if kind in (r.kind, "all")] for kind in (*KINDS, "all")}
     days = sorted({result.created[:10] for result in results})
     owners = [f"{result.kind}: {name}" for result, name in zip(results, names)]
     heads = [f"{STAGES[result.stage]}: {name}" for result, name in zip(results, names)]
+    overview, hashes = [], []
+    for r, name in zip(results, names):
+        cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
+        trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label]
+        overview.append([r.kind, name, *trained, *cost])
+        commit, _, dirty = (r.git_commit or NONE).partition("+")
+        digests = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
+        hashes.append([r.kind, name, seeds_of([r]), *digests, r.created[:19].replace("T", " ")])
     found = tables_of(results, layout, table or "1" * (layout == "paper"), against)
     return from_template(
         "report.html",
@@ -89,29 +96,14 @@ def build_report(
         runs=list(zip(runs, heads, [_entries(_flat(result.metrics)) for result in results])),
         dates=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
         n_scaled=sum(bool(result.protocol.deviations) for result in results),
-        overview=[_overview(result, name) for result, name in zip(results, names)],
-        times=_times(results),
+        overview=overview,
+        times=[[kind, len(each), duration_text(sum(each))] for kind, each in times.items() if each],
         hardware=_distinct([result.hardware for result in results], owners),
         versions=_distinct([result.packages for result in results], owners),
         curves=_curves(runs, names),
         tables=Markup(render_all(found, "html")),
-        hashes=[_hashes(result, name) for result, name in zip(results, names)],
+        hashes=hashes,
     )
-
-
-def _overview(r: Result, name: str) -> list[str]:
-    cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
-    trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs)]
-    return [r.kind, name, *trained, r.protocol.label, *cost]
-
-
-def _times(results: Sequence[Result]) -> list[list[str]]:
-    kinds = [*(kind for kind in KINDS if kind in {result.kind for result in results}), "all"]
-    rows = []
-    for kind in kinds:
-        times = [result.wall_time_s for result in results if kind in (result.kind, "all")]
-        rows.append([kind, str(len(times)), duration_text(sum(times))])
-    return rows
 
 
 def _distinct(
@@ -127,8 +119,7 @@ def _distinct(
 def _curves(
     runs: Sequence[Run], names: Sequence[str]
 ) -> list[tuple[str, list[Curve], list[Markup], list[Markup], bool]]:
-    """By stage: its head, the curves, panels of the terms to show and of the others, and whether a curve is
-    long."""
+    """By stage: its head, curves, panels of the terms to show and of the others, whether a curve is long."""
     methods = list(dict.fromkeys(sorted(run.result.method for run in runs)))
     found = []
     for stage, head in STAGES.items():
@@ -143,12 +134,6 @@ def _curves(
             is_long = max(len(curve.log) for curve in curves) > MOST_POINTS
             found.append((head, curves, panels[: len(shown)], panels[len(shown) :], is_long))
     return found
-
-
-def _hashes(r: Result, name: str) -> list[str]:
-    commit, _, dirty = (r.git_commit or NONE).partition("+")
-    hashes = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
-    return [r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")]
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -140,9 +140,8 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
         each group, with the protocol of its pre-training where that is known to have been scaled down.
     """
     results = list({to_json(result): result for result in results}.values())
-    scaled_down = (r for r in results if r.kind == "pretrain" and r.protocol.deviations)
+    scaled_down = (r for r in results if r.kind == "pretrain" and r.protocol.deviations and r.weights_hash)
     pretraining: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in scaled_down}
-    pretraining.pop(None, None)
     together: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
         if r.kind in kinds:

@@ -1,11 +1,10 @@
-"""A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl and figures/ with its
-captions.json."""
+"""A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl, figures/ and captions.json."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,8 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = [path]
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
+        files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
+        files = [file for file in files if not _is_swept(file, path)]
         if not files:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
         for file in files:
@@ -68,8 +66,8 @@ def read_run(result_file: Path) -> Run:
     """The run whose `result.json` is given. Raises UserError for malformed files (see the readers below)."""
     folder, log = result_file.parent, Log()
     for file in (folder / "metrics.jsonl", folder / "probes.jsonl"):
-        for iteration, terms in read_log(file).items() if file.exists() else ():
-            log[iteration] = log.get(iteration, {}) | terms
+        for iteration, terms in (read_log(file) if file.exists() else {}).items():
+            log.setdefault(iteration, {}).update(terms)
     return Run(read_result(result_file), dict(sorted(log.items())), read_figures(folder / "figures"))
 
 
@@ -94,14 +92,11 @@ def read_log(path: Path) -> Log:
                 continue
             raise UserError(f"{path}:{number}: not a JSON object: {line.strip()[:60]!r}") from error
         iteration = entry.get("iteration") if isinstance(entry, dict) else None
-        if not isinstance(iteration, int) or isinstance(iteration, bool):
+        if type(iteration) is not int:
             raise UserError(f"{path}:{number}: no whole number 'iteration' in {line.strip()[:60]!r}")
-        log[iteration] = {name: float(v) for name, v in entry.items() if name != "iteration" and _finite(v)}
+        del entry["iteration"]
+        log[iteration] = {k: float(v) for k, v in entry.items() if type(v) in (int, float) and isfinite(v)}
     return dict(sorted(log.items()))
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_figures(folder: Path) -> list[Figure]:
@@ -157,9 +152,7 @@ def add_caption(figure: Path, title: str, caption: str) -> None:
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
-        return {}
-    captions = read_json(path)
+    captions = read_json(path) if path.exists() else {}
     if not isinstance(captions, dict):
         raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
     for name, words in captions.items():

@@ -1,31 +1,24 @@
 """`result.json`: what every run leaves behind, and the only thing that the tables read.
 
-This file guards one rule: a run that deviates from its protocol says so wherever it is shown.
-Its protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table prints.
+A run that deviates from its protocol says so wherever it is shown: :attr:`Protocol.label` is all that tables print.
 """
 
 import json
 import math
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from pretrain.errors import UserError
 from pretrain.files import read_json, write_text
 from pretrain.results import renamed
-from pretrain.settings import Settings, problem, setting, validated
+from pretrain.settings import Settings, ours, problem, validated
 
 SCHEMA_VERSION = 1
 Kind = Literal["pretrain", "detection", "segmentation", "dense", "analysis"]
@@ -35,12 +28,14 @@ PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 # Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
+OF_NUMBERS = ("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib")
 # Not written where empty: older readers do not know them.
 NEW_KEYS = ("loss_terms", "post_training", "labels")
 
 
-def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
-    return setting(default, text, source=source, **limits)
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class _Record(Settings):
@@ -59,10 +54,10 @@ class Protocol(_Record):
     """The recipe that a run followed, and every field in which it did not."""
 
     what = "protocol: "
-    name: str = _field('the recipe, such as "coco-12ep"')
-    version: int = _field("of the recipe, from 1 on")
-    full: bool = _field("true exactly when `deviations` is empty")
-    deviations: dict[str, list[Any]] = _field("{field: [value in the protocol, value in the run]}")
+    name: str = ours(..., 'the recipe, such as "coco-12ep"')
+    version: int = ours(..., "of the recipe, from 1 on")
+    full: bool = ours(..., "true exactly when `deviations` is empty")
+    deviations: dict[str, list[Any]] = ours(..., "{field: [value in the protocol, value in the run]}")
 
     @field_validator("deviations", mode="before")
     @classmethod
@@ -114,41 +109,40 @@ class Protocol(_Record):
 class Result(_Record):
     """One run."""
 
-    kind: Kind = _field("what the run did")
-    method: str = _field("of the pre-training, as tables show it")
-    backbone: str = _field("registry name")
-    effective_epochs: float | None = _field(
-        "of the pre-training, in epochs of two crops of 224 px; null: unknown", ge=0, source="paper, Table 1"
+    kind: Kind = ours(..., "what the run did")
+    method: str = ours(..., "of the pre-training, as tables show it")
+    backbone: str = ours(..., "registry name")
+    effective_epochs: float | None = ours(
+        ...,
+        "of the pre-training, in epochs of two crops of 224 px; null: unknown",
+        ge=0,
+        source="paper, Table 1",
     )
-    protocol: Protocol = _field("the recipe, and how the run deviates from it")
-    metrics: dict[str, Any] = _field(
+    protocol: Protocol = ours(..., "the recipe, and how the run deviates from it")
+    metrics: dict[str, Any] = ours(
+        ...,
         "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
-        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out"
+        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
     )
-    labels: str = _field("of a set with a label a pixel: how many classes, who names them", "")
-    seed: int = _field("of this run, not its pre-training's; of a dense evaluation that, unless told")
-    config_hash: str = _field("equal for runs that differ in the seed alone: only these are averaged")
-    weights_hash: str | None = _field("of the backbone's file that a pre-training left, or another run read")
-    git_commit: str | None = _field("of this code, with +dirty where files differ from it")
-    packages: dict[str, Any] = _field("{distribution: version}")
-    hardware: dict[str, Any] = _field("cpu, cores, memory_gib, gpus, processes")
-    wall_time_s: float = _field("seconds", ge=0)
-    peak_memory_mib: float | None = _field("MiB of the GPU used, else of the process; null: unknown", ge=0)
-    loss_terms: tuple[str, ...] = _field(
-        "names of the logged addends of the loss, in order", (), strict=False
+    labels: str = ours("", "of a set with a label a pixel: how many classes, who names them")
+    seed: int = ours(..., "of this run, not its pre-training's; of a dense evaluation that, unless told")
+    config_hash: str = ours(..., "equal for runs that differ in the seed alone: only these are averaged")
+    weights_hash: str | None = ours(
+        ..., "of the backbone's file that a pre-training left, or another run read"
     )
-    post_training: bool = _field("whether it trained a backbone that was pre-trained before", False)
-    created: str = _field(
-        "end of the run, UTC, ISO 8601", lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
-    schema_version: Literal[1] = _field("of this file", SCHEMA_VERSION)
+    git_commit: str | None = ours(..., "of this code, with +dirty where files differ from it")
+    packages: dict[str, Any] = ours(..., "{distribution: version}")
+    hardware: dict[str, Any] = ours(..., "cpu, cores, memory_gib, gpus, processes")
+    wall_time_s: float = ours(..., "seconds", ge=0)
+    peak_memory_mib: float | None = ours(..., "MiB of the GPU used, else of the process; null: unknown", ge=0)
+    loss_terms: tuple[str, ...] = ours((), "of the logged addends of the loss, in order", strict=False)
+    post_training: bool = ours(False, "whether it trained a backbone that was pre-trained before")
+    created: str = ours(now, "end of the run, UTC, ISO 8601")
+    schema_version: Literal[1] = ours(SCHEMA_VERSION, "of this file")
 
-    @field_validator(
-        *("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib"),
-        mode="wrap",
-    )
+    @field_validator(*OF_NUMBERS, mode="wrap")
     @classmethod
-    def _as_json(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _as_json(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
         """Whole numbers stay whole, and NumPy's become Python's."""
         value = _plain(value, str(info.field_name))
         check(value)
@@ -161,10 +155,10 @@ class Result(_Record):
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
                 raise ValueError(f"metrics.{name} is {value}, not a percentage")
         try:
-            offset = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset()
+            is_utc = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset() == timedelta(0)
         except ValueError:
-            offset = None
-        if offset != timedelta(0):
+            is_utc = False
+        if not is_utc:
             told = "should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
             raise ValueError(f"created={self.created!r} {told}")
         return self
@@ -226,9 +220,8 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
-        for name in value:
-            if not isinstance(name, str):
-                raise ValueError(f"{key} has the key {name!r}, which is not a string")
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise ValueError(f"{key} has the key {wrong[0]!r}, which is not a string")
         return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
     raise ValueError(f"{key} is {type(value).__name__}, which JSON cannot hold")
 

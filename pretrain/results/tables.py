@@ -5,7 +5,7 @@ the column `source`). A run that was scaled down, or whose pre-training was, nev
 of its protocol: the label says so, its numbers carry a ‡, and a foot note lists every deviation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,15 @@ class Table:
     heads: tuple[tuple[str, int], ...] = ()
     measured: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(
+        cls, title: str, columns: Iterable[str], groups: Iterable[Iterable[Line]], notes: Iterable[str],
+        numeric: Iterable[int], records: Iterable[dict[str, str]], **more: Any,
+    ) -> "Table":  # fmt: skip
+        """A table of lists."""
+        parts = (tuple(columns), tuple(map(tuple, groups)), tuple(notes), frozenset(numeric), tuple(records))
+        return cls(title, *parts, **more)
+
 
 @dataclass
 class FootNotes:
@@ -84,22 +93,24 @@ class FootNotes:
 
 # --- cells and records that several tables have -----------------------------------------------------------
 
+# Differences to another method by score, in points; none: the table has none.
+Gains = Mapping[str, float | None] | None
+
 
 def published_line(
-    row: PublishedRow | PublishedDense, scores: Iterable[str], protocols: Iterable[str], note: str,
-    epochs: float | None = None, has_gains: bool = False,
-) -> Line:  # fmt: skip
+    row: PublishedRow | PublishedDense, scores: Iterable[str], has_gains: bool = False
+) -> Line:
     """What md, latex and html show of a published row: :data:`ABOUT`, scores, protocols, no seeds, note."""
-    cells = [*("published", row.method, row.backbone, epochs_text(epochs))]
+    cells = ["published", row.method, row.backbone, epochs_text(row.effective_epochs)]
     for value in map(row.scores.get, scores):
         cells += [NONE if value is None else f"{value:.1f}", *[""] * has_gains]
-    return Line("published", False, (*cells, *(text or NONE for text in protocols), NONE, note))
+    cells += [text or NONE for key, text in row.labels.items() if key.endswith("protocol")]
+    return Line("published", False, (*cells, NONE, row.about))
 
 
 def measured_line(
-    row: Measured, scores: Iterable[str], notes: FootNotes, rows: Sequence[Measured],
-    gains: Mapping[str, float | None] | None = None,
-) -> Line:  # fmt: skip
+    row: Measured, scores: Iterable[str], notes: FootNotes, rows: Sequence[Measured], gains: Gains = None
+) -> Line:
     """The same of a measured one; the note names the config where only this sets it apart from other rows."""
     epochs = epochs_text(row.run.effective_epochs) + notes.mark(row.pretraining)
     cells = [f"measured {MEASURED}", row.run.method, backbone_label(row.run.backbone), epochs]
@@ -123,16 +134,15 @@ def score_keys(scores: Iterable[str]) -> list[str]:
     return [f"{name}{end}" for name in scores for end in ("", "_std", "_n")]
 
 
-def published_values(row: PublishedRow | PublishedDense, epochs: float | None = None) -> dict[str, str]:
+def published_values(row: PublishedRow | PublishedDense) -> dict[str, str]:
     """What a record may say of a published row."""
-    values = {"source": "published", "protocol_is_full": "true", "note": row.note}
+    values = {"source": "published", "protocol_is_full": "true", "note": row.note, **row.labels}
     values |= {name: number_text(value) for name, value in row.scores.items()}
-    return values | method_fields(row.method, row.backbone, epochs)
+    return values | method_fields(row.method, row.backbone, row.effective_epochs)
 
 
-def measured_values(row: Measured, scores: Iterable[str]) -> dict[str, str]:
-    """What a record may say of a measured row; of a dense evaluation or a segmentation alone, by `protocol`,
-    too."""
+def measured_values(row: Measured, scores: Iterable[str], gains: Gains = None) -> dict[str, str]:
+    """What a record may say of a measured row; of runs of one kind alone, by `protocol`, too."""
     scaled = {protocol.identity: protocol.text for protocol in row.scaled}
     labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
     values = {"source": "measured", "mark": MEASURED + SCALED * bool(scaled), "seeds": row.seeds}
@@ -141,7 +151,13 @@ def measured_values(row: Measured, scores: Iterable[str]) -> dict[str, str]:
     values |= {"config": row.configs, "protocol": row.run.protocol.label} | dict(zip(PROTOCOL_FIELDS, labels))
     for name in scores:
         values |= score_values(name, row.score(name))
-    return values
+    differences = {f"{name}_difference": number_text(gain) for name, gain in (gains or {}).items()}
+    return values | differences | {"set": set_of(row)}
+
+
+def set_of(row: Measured) -> str:
+    """Of a dense evaluation: the set with labels."""
+    return row.run.protocol.name.removeprefix("dense-")
 
 
 def score_values(name: str, score: Score | None, mean: str = "") -> dict[str, str]:
@@ -161,20 +177,50 @@ def method_fields(method: str, backbone: str, epochs: float | None) -> dict[str,
 METHOD_FIELDS = tuple(method_fields("", "", None))
 
 
-def source_notes(
-    printed: Sequence[Any],
-    rows: Sequence[Measured],
-    scores: Iterable[str],
-    what: str,
-    more: Iterable[str] = (),
-) -> list[str]:
-    """What † and a ± b (n=c) mean, ``more``, and in ``what`` rows differ that look alike."""
+def side_by_side(
+    title: str, parts: Iterable[tuple[str, Sequence[PublishedRow | PublishedDense], Sequence[Measured]]],
+    scores: Mapping[str, str], heads: Sequence[str], keys: Iterable[str], texts: Iterable[str], what: str,
+    gains: Callable[[Measured], Gains] | None = None, more: Iterable[str] = (),
+) -> Table:  # fmt: skip
+    """Published rows above measured ones, group by group.
+
+    Args:
+        parts: of each group its heading ("": none), its published and its measured rows.
+        scores: {score: its column}; heads: columns of the protocols.
+        keys: of the records.
+        texts, more: foot notes before and after those on marks and seeds.
+        what: in which measured rows differ that look alike.
+        gains: of a measured row.
+    """
+    parts, has_gains = list(parts), gains is not None
+    printed, rows = [row for part in parts for row in part[1]], [row for part in parts for row in part[2]]
+    columns = [*ABOUT]
+    for head in scores.values():
+        columns += [head, *[DIFFERENCE] * has_gains]
+    numeric = range(3, len(columns))
+    columns += [*heads, "seeds", "note"]
+    notes, groups, records = FootNotes(), [], []
+    for heading, of_paper, found in parts:
+        lines = [heading_line(heading, columns)] if heading else []
+        lines += [published_line(row, scores, has_gains) for row in of_paper]
+        values = [*map(published_values, of_paper)]
+        for row in found:
+            own = None if gains is None else gains(row)
+            lines.append(measured_line(row, scores, notes, rows, own))
+            values.append(measured_values(row, scores, own))
+        groups.append(lines)
+        records += [record(keys, each) for each in values]
     others = "; every other row is published" if printed else ""
-    texts = [f"{MEASURED} Measured with this code, by the runs given{others}."] if rows else []
-    texts += [*seeds_note(rows, scores), *more]
+    told = [f"{MEASURED} Measured with this code, by the runs given{others}."] if rows else []
+    told += [*seeds_note(rows, scores), *more]
     if len({row.identity for row in rows}) < len(rows):
-        texts.append(f"Rows with a config in their note differ in their {what} and are not averaged.")
-    return texts
+        told.append(f"Rows with a config in their note differ in their {what} and are not averaged.")
+    return Table.of(title, columns, groups, [*texts, *told, *notes.texts()], numeric, records)
+
+
+def heading_line(text: str, columns: Sequence[str]) -> Line:
+    """A line of one cell, as wide as the columns."""
+    return Line("heading", False, (text, *[""] * (len(columns) - 1)))
 
 
 def seeds_note(rows: Sequence[Measured], scores: Iterable[str]) -> list[str]:
@@ -205,15 +251,10 @@ def memory_text(mib: float | None, unit: str = "") -> str:
 
 def duration_text(seconds: float) -> str:
     """ "42 s", "3 min 20 s", "5 h 03 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-# --- detection, and segmentation of ADE20K ----------------------------------------------------------------
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def comparison_table(
@@ -230,41 +271,14 @@ def comparison_table(
     families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
     keys = ["source", "mark", "protocol_is_full", *METHOD_FIELDS, *score_keys(SCORES), *PROTOCOL_FIELDS]
     keys += ["deviations", "seeds", "config", "table", "note"]
-    notes, groups, records = FootNotes(), [], []
+    parts = []
     for family in families:
-        lines = []
-        for row in printed:
-            if row.backbone == family:
-                protocols = _published_protocols(row)
-                note = f"Table {row.table}" + (f": {row.note}" if row.note else "")
-                lines.append(published_line(row, SCORES, protocols, note, row.effective_epochs))
-                values = published_values(row, row.effective_epochs) | {"table": row.table}
-                records.append(record(keys, values | dict(zip(PROTOCOL_FIELDS[1:], protocols))))
         found = [row for row in measured if backbone_family(row.run.backbone) == family]
-        lines += [measured_line(row, SCORES, notes, measured) for row in found]
-        records += [record(keys, measured_values(row, SCORES)) for row in found]
-        groups.append(tuple(lines))
+        parts.append(("", [row for row in printed if row.backbone == family], found))
     texts = ["AP and mIoU in percent."]
-    if printed:
-        texts.append("Published: as printed in the paper, in the table that the note names.")
-    texts += source_notes(printed, measured, SCORES, "configuration")
-    return Table(
-        title="COCO and ADE20K",
-        columns=(*ABOUT, *SCORES.values(), "detection protocol", "segmentation protocol", "seeds", "note"),
-        groups=tuple(groups),
-        notes=(*texts, *notes.texts()),
-        numeric=frozenset({3, 4, 5, 6}),
-        records=tuple(records),
-    )
-
-
-def _published_protocols(row: PublishedRow) -> tuple[str, str]:
-    """By the paper's own schedules (appendix B), not by our protocols' names: ours are a reading of them."""
-    detection = f"{50 if row.table == '2' else 12} epochs" if row.box_ap is not None else ""
-    return detection, "160k iterations" if row.ade20k_miou is not None else ""
-
-
-# --- segmentation on other data sets ----------------------------------------------------------------------
+    texts += ["Published: as printed in the paper, in the table that the note names."] * bool(printed)
+    heads = ("detection protocol", "segmentation protocol")
+    return side_by_side("COCO and ADE20K", parts, SCORES, heads, keys, texts, "configuration")
 
 
 def is_elsewhere(result: Result) -> bool:
@@ -286,42 +300,31 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     notes, lines = FootNotes(), []
     for row in rows:
         line = measured_line(row, ["miou"], notes, rows)
-        _, method, backbone, epochs, miou, _, label, seeds, _ = line.cells
-        cells = (label, method, backbone, epochs, miou, seeds, row.configs)
-        lines.append(replace(line, cells=cells))
-    return Table(
-        title="Segmentation on other data sets",
-        columns=("protocol", "method", "backbone", "eff. epochs", "mIoU", "seeds", "config"),
-        groups=(tuple(lines),),
-        notes=(
-            "mIoU in percent, measured with this code.",
-            *notes.texts("Not comparable with the full protocol's numbers."),
-        ),
-        numeric=frozenset({3, 4}),
-        records=tuple(record(keys, measured_values(row, ["miou"])) for row in rows),
-    )
-
-
-# --- the pre-training runs --------------------------------------------------------------------------------
+        _, *about, miou, _, label, seeds, _ = line.cells
+        lines.append(replace(line, cells=(label, *about, miou, seeds, row.configs)))
+    columns = ("protocol", *ABOUT[1:], "mIoU", "seeds", "config")
+    texts = ["mIoU in percent, measured with this code."]
+    texts += notes.texts("Not comparable with the full protocol's numbers.")
+    records = [record(keys, measured_values(row, ["miou"])) for row in rows]
+    return Table.of("Segmentation on other data sets", columns, [lines], texts, {3, 4}, records)
 
 
 def pretraining_table(results: Sequence[Result]) -> Table | None:
     """Every pre-training but the post-trainings: its losses, then its other plain metrics; None: no run."""
-    return _training_table("Pre-training runs", [result for result in results if result.stage == "pretrain"])
+    return _training_table("Pre-training", results, "pretrain")
 
 
 def posttraining_table(results: Sequence[Result]) -> Table | None:
     """The same for post-trainings. The total loss is left out where every run has only one term."""
-    return _training_table(
-        "Post-training runs", [result for result in results if result.stage == "posttrain"]
-    )
+    return _training_table("Post-training", results, "posttrain")
 
 
-def _training_table(title: str, runs: list[Result]) -> Table | None:
+def _training_table(name: str, results: Sequence[Result], stage: str) -> Table | None:
+    runs = [result for result in results if result.stage == stage]
     runs.sort(key=lambda r: (backbone_label(r.backbone), r.method, r.seed, r.created))
     if not runs:
         return None
-    names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
+    names = {key for run in runs for key, value in run.metrics.items() if not isinstance(value, dict)}
     summed = [run for run in runs if "loss" in run.metrics]
     # Of a post-training with one term of the loss: the loss is this term.
     if all(r.stage == "posttrain" and r.metrics["loss"] in map(r.metrics.get, r.terms) for r in summed):
@@ -330,22 +333,16 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
     metrics = losses + sorted(names - set(losses))
     notes, lines, records = FootNotes(), [], []
     for run in runs:
-        values: list[Any] = [run.metrics.get(name) for name in metrics]
+        values: list[Any] = [run.metrics.get(key) for key in metrics]
         cells = [run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs)]
         cells += [notes.label(run.protocol), str(run.seed)]
         cells += [NONE if value is None else f"{value:.4g}" for value in values]
         cells += [duration_text(run.wall_time_s), memory_text(run.peak_memory_mib)]
         lines.append(Line("measured", bool(run.protocol.deviations), tuple(cells)))
         about = {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
-        exact = {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
+        exact = {key: "" if value is None else repr(value) for key, value in zip(metrics, values)}
         fields = method_fields(run.method, run.backbone, run.effective_epochs)
         records.append(fields | about | {"seed": str(run.seed)} | exact)
     columns = (*ABOUT[1:], "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
-    return Table(
-        title=title,
-        columns=columns,
-        groups=(tuple(lines),),
-        notes=tuple(notes.texts(f"Not the full {title.split()[0].lower()}.")),
-        numeric=frozenset({2, *range(4, len(columns))}),
-        records=tuple(records),
-    )
+    texts = notes.texts(f"Not the full {name.lower()}.")
+    return Table.of(f"{name} runs", columns, [lines], texts, {2, *range(4, len(columns))}, records)

@@ -37,36 +37,32 @@ class CropSettings(Settings):
     With a ``local_rule`` other than ``image``, local crop l belongs to the global crop l mod G, its parent.
     """
 
-    n_global: int = setting(2, "global crops of an image", source="sec. 4.1", ge=1, le=64)
-    n_local: int = setting(8, "local crops of an image", source="sec. 4.1", ge=0, le=1024)
-    global_px: int = setting(224, "side of a global crop in pixels", source="footnote 4", ge=1, le=65536)
-    local_px: int = setting(96, "side of a local crop in pixels", source="footnote 4", ge=1, le=65536)
+    n_global: int = setting(2, "global crops of an image", "sec. 4.1", ge=1, le=64)
+    n_local: int = setting(8, "local crops of an image", "sec. 4.1", ge=0, le=1024)
+    global_px: int = setting(224, "side of a global crop in pixels", "footnote 4", ge=1, le=65536)
+    local_px: int = setting(96, "side of a local crop in pixels", "footnote 4", ge=1, le=65536)
     global_scale: tuple[Share, Share] = setting(
-        (0.32, 1.0), "share of the image's area, from and to", source="DINOv2"
+        (0.32, 1.0), "share of the image's area, from and to", "DINOv2"
     )
     local_scale: tuple[Share, Share] = setting(
         (0.05, 0.32),
         "share of the image's area, from and to; with local_rule=inside of the parent's area",
-        source="DINOv2",
+        "DINOv2",
     )
-    ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", source="DINOv2")
-    flip_p: float = setting(0.5, "probability of a horizontal flip", source="DINOv2", ge=0, le=1)
+    ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", "DINOv2")
+    flip_p: float = setting(0.5, "probability of a horizontal flip", "DINOv2", ge=0, le=1)
     plain_globals: bool = setting(
         False,
         "global crops are not flipped and keep their colors (PaKA: the teacher sees no augmentation)",
-        source="DINOv2",
+        "DINOv2",
     )
     local_rule: Literal["image", "inside", "same"] = setting(
         "image",
         "local crops lie: image (anywhere) | inside (in a global crop each; PaKA) | same (on it; DINOv3's Gram)",
-        source="DINOv2",
+        "DINOv2",
     )
     local_inside: float = setting(
-        0.9,
-        "least share of a local crop within its parent, with local_rule=inside",
-        source="PaKA",
-        ge=0,
-        le=1,
+        0.9, "least share of a local crop within its parent, with local_rule=inside", "PaKA", ge=0, le=1
     )
 
     @model_validator(mode="after")
@@ -79,33 +75,24 @@ class PositionSettings(Settings):
     """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
 
     encoding: Literal["field", "standard"] = setting(
-        "field",
-        "field | standard (one learned grid for every view, as the DINOv2 baseline)",
-        source="sec. 3.2.1",
+        "field", "field | standard (one learned grid for every view, as the DINOv2 baseline)", "sec. 3.2.1"
     )
-    grid: int = setting(50, "side of the field, or of the learned grid", source="Table 6", ge=2, le=4096)
+    grid: int = setting(50, "side of the field, or of the learned grid", "Table 6", ge=2, le=4096)
     interpolation: Literal["bicubic", "bilinear", "dinov2", "bicubic_antialias"] = setting(
         "bicubic",
         "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias",
-        source="ours",
     )
-    augment: bool = setting(
-        True, "position and scale augmentation t_s; of a field alone", source="sec. 3.2.2"
-    )
-    scale: Literal["beta", "uniform", "constant"] = setting(
-        "beta", "distribution of the area s", source="Table 6"
-    )
-    beta: tuple[Positive, Positive] = setting(
-        (2.0, 5.0), "parameters of the beta distribution", source="Table 6"
-    )
-    s_min: float = setting(0.2, "smallest s", source="Table 6", ge=1e-6, le=1)
-    s_max: float = setting(1.0, "largest s", source="Table 6", ge=1e-6, le=1)
+    augment: bool = setting(True, "position and scale augmentation t_s; of a field alone", "sec. 3.2.2")
+    scale: Literal["beta", "uniform", "constant"] = setting("beta", "distribution of the area s", "Table 6")
+    beta: tuple[Positive, Positive] = setting((2.0, 5.0), "parameters of the beta distribution", "Table 6")
+    s_min: float = setting(0.2, "smallest s", "Table 6", ge=1e-6, le=1)
+    s_max: float = setting(1.0, "largest s", "Table 6", ge=1e-6, le=1)
     reference: Literal["crops", "image"] = setting(
         "crops",
         "what s scales: crops (the rectangle around them, as the formula) | image (as Fig. 2's caption)",
-        source="sec. 3.2.2",
+        "sec. 3.2.2",
     )
-    surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds", source="ours")
+    surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds")
 
     @property
     def is_augmented(self) -> bool:
@@ -117,9 +104,8 @@ class PositionSettings(Settings):
         if self.s_min > self.s_max:
             raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
         if self.augment and not self.is_augmented:
-            warnings.warn(
-                "config: positions.augment has no effect with positions.encoding=standard", stacklevel=2
-            )
+            told = "positions.augment has no effect with positions.encoding=standard"
+            warnings.warn(f"config: {told}", stacklevel=2)
         return self
 
 
@@ -143,12 +129,9 @@ class Views(Record):
     tied: bool = True
 
     def of(self, views: slice) -> tuple[Tensor, Tensor]:
-        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the
-        crops."""
-        flips = self.flips[:, views].T.flatten()
-        return self.position_boxes[:, views].transpose(0, 1).flatten(
-            0, 1
-        ), flips if self.tied else torch.zeros_like(flips)
+        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major as crops."""
+        flips, boxes = (x[:, views].transpose(0, 1).flatten(0, 1) for x in (self.flips, self.position_boxes))
+        return boxes, flips if self.tied else torch.zeros_like(flips)
 
     @property
     def globals(self) -> tuple[Tensor, Tensor]:
@@ -184,20 +167,15 @@ def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Ar
     w, h, drawn = w[of_first], h[of_first], fits[of_first]  # [B, V]
     left, top = np.floor(u[..., -2] * (width - w + 1)), np.floor(u[..., -1] * (height - h + 1))
     crops = np.stack([left, top, left + w, top + h], -1)
-    if not drawn.all():
-        for image, view in np.argwhere(~drawn):
-            crops[image, view] = central_crop(int(sizes_px[image, 0]), int(sizes_px[image, 1]), ratio)
+    for image, view in np.argwhere(~drawn):
+        crops[image, view] = central_crop(int(sizes_px[image, 0]), int(sizes_px[image, 1]), ratio)
     return crops
 
 
 def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
     """torchvision's fallback, the largest central crop of an allowed ratio: (left, top, right, bottom)."""
-    in_ratio = width_px / height_px
-    w, h = width_px, height_px
-    if in_ratio < ratio[0]:
-        h = max(1, min(round(width_px / ratio[0]), height_px))
-    elif in_ratio > ratio[1]:
-        w = max(1, min(round(height_px * ratio[1]), width_px))
+    h = max(1, min(round(width_px / ratio[0]), height_px))
+    w = max(1, min(round(height_px * ratio[1]), width_px))
     left, top = (width_px - w) // 2, (height_px - h) // 2
     return left, top, left + w, top + h
 
@@ -219,8 +197,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
     share = rule.local_scale[0] + (rule.local_scale[1] - rule.local_scale[0]) * u[..., 0]
     aspect = np.exp(math.log(rule.ratio[0]) + math.log(rule.ratio[1] / rule.ratio[0]) * u[..., TRIES])
     area = parent.prod(-1) * share
-    size = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)
-    size = np.rint(size).clip(1, parent)
+    size = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], -1))).clip(1, parent)
     # sticking out by it on both axes leaves local_inside
     slack = np.floor(size * (1 - math.sqrt(rule.local_inside)))
     low = np.maximum(corner - slack, 0)
@@ -230,8 +207,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
 
 
 def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
-    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper
-    4.3)."""
+    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) (paper 4.3)."""
     if rule.scale == "constant":
         return rule.s_max
     share = rng.uniform() if rule.scale == "uniform" else rng.beta(*rule.beta)
@@ -239,11 +215,8 @@ def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
 
 
 def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region, in [0, 1) of the
-    possible ones."""
-    s = draw_s(rule, rng)
-    x, y = rng.random(2).tolist()
-    return s, x, y
+    """The draw of t_s for one image: the area s, and the region's place (x, y), in [0, 1) of all."""
+    return draw_s(rule, rng), rng.random(), rng.random()
 
 
 def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves: Array) -> Array:
@@ -262,12 +235,11 @@ def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves
         where the field's border is replicated.
     """
     corners = boxes.reshape(*boxes.shape[:2], 2, 2)
+    around = corners if rule.surround == "all" else corners[:, :n_global]
     if rule.reference == "image":
-        corner, size = np.zeros((len(boxes), 2)), np.ones((len(boxes), 2))
-    else:
-        around = corners if rule.surround == "all" else corners[:, :n_global]
-        corner = around[:, :, 0].min(1)
-        size = around[:, :, 1].max(1) - corner  # [B, 2]
+        around = np.broadcast_to([[0.0, 0.0], [1.0, 1.0]], corners.shape)
+    corner = around[:, :, 0].min(1)
+    size = around[:, :, 1].max(1) - corner  # [B, 2]
     # [B, 1]
     factor = np.minimum(np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True))
     place = moves[:, 1:] * np.maximum(1 - factor * size, 0)
@@ -282,8 +254,7 @@ def draw_views(
     rngs: Sequence[np.random.Generator],
     tied: bool = True,
 ) -> Views:
-    """All views of some images, each image from its own generator. Every box is a whole number of pixels of
-    its image.
+    """All views of some images, each image from its own generator, in whole pixels of the image.
 
     The augmentation of positions is drawn last, so that boxes and flips are the same with and without it.
     Every rule takes the same random numbers: a rule for local crops, or for positions, changes nothing else.
@@ -291,8 +262,7 @@ def draw_views(
     Args:
         sizes_px: [B, 2], height and width of each image.
         rngs: one for each image.
-        tied: a view reads the positions of its crop; else those of a whole image, not flipped, as at
-            inference.
+        tied: as of :class:`Views`.
     """
     n_views = crops.n_global + crops.n_local
     u = np.stack([rng.random((n_views, 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
@@ -316,14 +286,12 @@ def draw_views(
 
 
 def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> Tensor:
-    """[L] int64: the parent of each local crop, the global crop in or on which it is drawn
-    (``local_rule``)."""
+    """[L] int64: of each local crop the global one in or on which it is drawn (``local_rule``)."""
     return torch.arange(n_local, device=device) % n_global
 
 
 def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
-    """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V,
-    22]."""
+    """Global crops, then local ones by ``rule.local_rule``, [B, V, 4] in pixels; ``u`` is [B, V, 22]."""
     n_global = rule.n_global
     if rule.local_rule == "image":
         scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)

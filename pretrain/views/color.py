@@ -1,9 +1,8 @@
-"""The photometric part of a view, drawn once as numbers, so that both data paths apply the same draw
-(METHOD.md 1)."""
+"""The colors of a view, drawn once as numbers: both data paths apply the same draw (METHOD.md 1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,29 +25,21 @@ class ColorSettings(Settings):
     """DINOv2's photometric augmentation; probabilities by view are (first global, second global, locals)."""
 
     jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] = setting(
-        (0.4, 0.4, 0.2, 0.1),
-        "strength of brightness, contrast, saturation and hue (in turns)",
-        source="DINOv2",
+        (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation and hue (in turns)", "DINOv2"
     )
-    jitter_p: float = setting(0.8, "probability of the jitter", source="DINOv2", ge=0, le=1)
-    grayscale_p: float = setting(0.2, "probability of gray", source="DINOv2", ge=0, le=1)
+    jitter_p: float = setting(0.8, "probability of the jitter", "DINOv2", ge=0, le=1)
+    grayscale_p: float = setting(0.2, "probability of gray", "DINOv2", ge=0, le=1)
     blur_p: tuple[Probability, Probability, Probability] = setting(
-        (1.0, 0.1, 0.5),
-        "probability of a blur: DINOv2's intention; its code really runs [0, 0.9, 0.5]",
-        source="ours",
+        (1.0, 0.1, 0.5), "probability of a blur: DINOv2's intention; its code really runs [0, 0.9, 0.5]"
     )
-    blur_kernel_px: int = setting(
-        9, "side of the blur's kernel in pixels, odd", source="DINOv2", ge=1, le=1023
-    )
+    blur_kernel_px: int = setting(9, "side of the blur's kernel in pixels, odd", "DINOv2", ge=1, le=1023)
     blur_sigma: tuple[Sigma, Sigma] = setting(
-        (0.1, 2.0), "sigma of the blur in pixels, from and to", source="DINOv2"
+        (0.1, 2.0), "sigma of the blur in pixels, from and to", "DINOv2"
     )
     solarize_p: tuple[Probability, Probability, Probability] = setting(
-        (0.0, 0.2, 0.0), "probability of solarization", source="DINOv2"
+        (0.0, 0.2, 0.0), "probability of solarization", "DINOv2"
     )
-    solarize_threshold: int = setting(
-        128, "levels from this one on are inverted", source="DINOv2", ge=0, le=256
-    )
+    solarize_threshold: int = setting(128, "levels from this one on are inverted", "DINOv2", ge=0, le=256)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,15 +55,8 @@ class ColorSettings(Settings):
 NO_COLOR = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0))
 
 
-class Color(NamedTuple):
-    """One view's color; the attributes are those of :class:`Colors`."""
-
-    jitter: bool
-    order: list[int]
-    factors: list[float]
-    gray: bool
-    sigma: float
-    solarize: bool
+# One view's color, plain numbers in the order of the attributes of `Colors`
+Color = tuple[bool, list[int], list[float], bool, float, bool]
 
 
 @dataclass(frozen=True)
@@ -96,9 +80,9 @@ class Colors(Record):
     sigma: Tensor
     solarize: Tensor
 
-    def rows(self, image: int) -> list["Color"]:
+    def rows(self, image: int) -> list[Color]:
         """One image's views as plain numbers."""
-        return [Color(*row) for row in zip(*(getattr(self, name)[image].tolist() for name in Color._fields))]
+        return list(zip(*(getattr(self, field.name)[image].tolist() for field in fields(self))))
 
     def of(self, views: slice) -> "Colors":
         """The colors of some views."""
@@ -114,9 +98,9 @@ def draw_colors(
 ) -> Colors:
     """The colors of all views of some images, each image from its own generator.
 
-    Views 0, 1 and the locals differ in blur and solarize. With ``plain_globals`` the global views keep their
-    colors; the local views get the same colors as without it.
+    With ``plain_globals`` the global views keep their colors; local views are as without it.
     """
+    # views 0, 1 and the locals differ in blur and solarize
     kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
     u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
     spread = np.array(rule.jitter)

@@ -1,5 +1,4 @@
-"""Make the pixels of views on the training device: all crops of a batch at once, from a canvas of decoded
-images.
+"""Make the pixels of views on the training device: all crops of a batch at once, from decoded images.
 
 The loader's workers only decode, draw numbers, and put the images on a canvas. :class:`CanvasBatch` makes the
 crops where the training runs, globals in one group and locals in another. The operations are those of
@@ -127,19 +126,17 @@ def jitter(pixels: Tensor, colors: Colors) -> Tensor:
     # in drawn order
     blends = colors.order.gather(-1, torch.argsort((colors.order == HUE).int(), dim=-1, stable=True))[..., :3]
     factors = torch.where(colors.jitter[..., None], colors.factors.gather(-1, blends), 1.0)
-    for place in range(3):
-        here = torch.where(place < place_of_hue, factors[..., place], 1.0)
-        pixels = blend(pixels, blends[..., place], here)
-    pixels = turn_hue(pixels, torch.where(colors.jitter, colors.factors[..., HUE], 0.0))
-    for place in range(3):
-        here = torch.where(place >= place_of_hue, factors[..., place], 1.0)
+    for step in range(6):  # the three blends before the hue, then after it
+        place, is_after = step % 3, step >= 3
+        if step == 3:
+            pixels = turn_hue(pixels, torch.where(colors.jitter, colors.factors[..., HUE], 0.0))
+        here = torch.where((place >= place_of_hue) == is_after, factors[..., place], 1.0)
         pixels = blend(pixels, blends[..., place], here)
     return pixels
 
 
 def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation by each sample's ``operation``: a blend with black, the mean gray,
-    or the gray image.
+    """Brightness, contrast or saturation by ``operation``: a blend with black, mean gray or the gray image.
 
     Args:
         pixels: [B, V, y, 3, x] levels; operation, factor: [B, V].

@@ -13,9 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from random import Random
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,26 +37,20 @@ Numbers = Random | np.random.Generator  # either has random(), uniform in [0, 1)
 class MaskSettings(Settings):
     """Which global crops lose content or positions, and in which shapes (paper 3.3)."""
 
-    content_share: float = setting(
-        0.5, "share of the global crops that lose content", source="Table 6", ge=0, le=1
-    )
+    content_share: float = setting(0.5, "share of the global crops that lose content", "Table 6", ge=0, le=1)
     position_share: float = setting(
-        0.5, "share of the global crops that lose positions", source="Table 6", ge=0, le=1
+        0.5, "share of the global crops that lose positions", "Table 6", ge=0, le=1
     )
-    ratio: tuple[Ratio, Ratio] = setting(
-        (0.1, 0.5), "share of a crop's patches, from and to", source="Table 6"
-    )
+    ratio: tuple[Ratio, Ratio] = setting((0.1, 0.5), "share of a crop's patches, from and to", "Table 6")
     content_shape: Shape = setting(
-        "box", "of the content masks: box | cross | random (single patches; MAE)", source="Table 6"
+        "box", "of the content masks: box | cross | random (single patches; MAE)", "Table 6"
     )
-    position_shape: Shape = setting("cross", "of the position masks: box | cross | random", source="Table 6")
+    position_shape: Shape = setting("cross", "of the position masks: box | cross | random", "Table 6")
     kinds_over: Literal["batch", "image"] = setting(
-        "batch",
-        "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)",
-        source="ours",
+        "batch", "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)"
     )
-    min_box_patches: int = setting(4, "smallest box in patches", source="DINOv2", ge=1, le=65536)
-    min_aspect: float = setting(0.3, "smallest aspect ratio of a box", source="DINOv2", ge=1e-6, le=1)
+    min_box_patches: int = setting(4, "smallest box in patches", "DINOv2", ge=1, le=65536)
+    min_aspect: float = setting(0.3, "smallest aspect ratio of a box", "DINOv2", ge=1e-6, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,8 +62,7 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Masks(Record):
-    """Masks of a batch's global crops, view-major like the crops, and the same as lists, so that a step knows
-    all sizes beforehand.
+    """Masks of a batch's global crops, view-major; and as lists, so that a step knows all sizes beforehand.
 
     Attributes:
         content, position: [n_global * B, N] bool, never both set in one crop.
@@ -89,36 +81,26 @@ class Masks(Record):
     @staticmethod
     def of(content: Mask, position: Mask) -> "Masks":
         """From two arrays [n_global * B, N]."""
-        lists = [
-            torch.from_numpy(values) for mask in (content, position) for values in index_and_weight(mask)
-        ]
-        return Masks(torch.from_numpy(content), torch.from_numpy(position), *lists)
-
-
-def index_and_weight(mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The cells where a mask [C, N] is set, row-major, and for each 1 / number of set cells in its row."""
-    index = np.flatnonzero(mask)
-    counts = mask.sum(1)
-    return index, np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+        values: list[NDArray[Any]] = [content, position]
+        for mask in (content, position):
+            counts = mask.sum(1)
+            weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+            values += [np.flatnonzero(mask), weights]
+        return Masks(*map(torch.from_numpy, values))
 
 
 def box_mask(grid: tuple[int, int], target: int, rule: MaskSettings, rng: Numbers) -> Mask:
-    """Box-wise mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then random single patches for the
-    rest (ours)."""
-    mask = 0
-    while (left_over := target - mask.bit_count()) > 0:
-        box = _box(grid, mask, left_over, rule, rng)
-        if not box:
-            break
+    """Mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then random single patches (ours)."""
+    mask, left_over = 0, target
+    while left_over > 0 and (box := _box(grid, mask, left_over, rule, rng)):
         mask |= box
-    if left_over > 0:
-        mask |= _some([place for place in range(grid[0] * grid[1]) if not mask >> place & 1], left_over, rng)
-    return _array(mask, grid)
+        left_over = target - mask.bit_count()
+    free = [place for place in range(grid[0] * grid[1]) if not mask >> place & 1] if left_over else []
+    return _array(mask | _some(free, left_over, rng), grid)
 
 
 def random_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
-    """Mask of exactly ``target`` patches, [h, w]; all sets of this size are equally likely (MAE, section
-    3)."""
+    """Mask of exactly ``target`` patches, [h, w]; all sets of this size are equally likely (MAE, sec. 3)."""
     return _array(_some(range(grid[0] * grid[1]), target, rng), grid)
 
 
@@ -176,12 +158,9 @@ def _nearest(
 
     Ties keep the first cells in reading order, or the last.
     """
-    inner = 0
-    for radius in count():
-        outer = cells & _square(center, radius, thickness, grid)
-        if outer.bit_count() >= n:
-            break
-        inner = outer
+    inner, radius = 0, 0
+    while (outer := cells & _square(center, radius, thickness, grid)).bit_count() < n:
+        inner, radius = outer, radius + 1
     ring = outer & ~inner
     for _ in range(n - inner.bit_count()):
         bit = ring & -ring if keep_first else 1 << (ring.bit_length() - 1)
@@ -221,11 +200,8 @@ def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskSett
 def draw_targets(
     n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator
 ) -> list[int]:
-    """The number of masked patches in each crop of one kind, in random order. Ratios are stratified over the
-    crops, as in DINOv2.
-
-    A ratio (r, r) gives every crop the same number, r times ``n_patches``, rounded down.
-    """
+    """The number of masked patches in each crop of one kind, in random order, rounded down; ratios are
+    stratified over the crops, as in DINOv2."""
     edges = np.linspace(*ratio, n_crops + 1)
     targets = (n_patches * (edges[:-1] + np.diff(edges) * rng.random(n_crops))).astype(np.int64)
     # Crops come in the order of their views: the strata must not follow it.
@@ -279,9 +255,7 @@ def draw_masks(
     drawn = {kind: np.zeros((len(crops), n_patches), dtype=bool) for kind in ("content", "position")}
     shapes = {"content": rule.content_shape, "position": rule.position_shape}
     for row, crop in enumerate(crops):
-        kind = str(kinds[crop])
-        if kind != "none":
-            drawn[kind][row] = mask_of_shape(
-                shapes[kind], grid, int(targets[crop]), rule, Random(seeds[crop])
-            ).ravel()
+        if (kind := str(kinds[crop])) != "none":
+            target, rng_of_crop = int(targets[crop]), Random(seeds[crop])
+            drawn[kind][row] = mask_of_shape(shapes[kind], grid, target, rule, rng_of_crop).ravel()
     return Masks.of(drawn["content"], drawn["position"])

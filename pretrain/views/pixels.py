@@ -25,15 +25,18 @@ STD = (0.229, 0.224, 0.225)
 Pixels = NDArray[np.uint8]
 
 
-def crop_resize(image: Pixels, box: tuple[int, int, int, int], flip: bool, size_px: int) -> Pixels:
-    """A crop (left, top, right, bottom) at [size, size, 3], bicubic with antialiasing, flipped where
-    asked."""
-    left, top, right, bottom = box
-    crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)[None]
+def resize(image: Pixels, size_px: tuple[int, int]) -> Pixels:
+    """An image [H, W, 3] at another (height, width), bicubic with antialiasing."""
     # torch's fast uint8 kernel needs this layout and keeps it
-    crop = crop.contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(crop, (size_px, size_px), mode="bicubic", antialias=True)
-    pixels: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    stored = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(stored, size_px, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def crop_resize(image: Pixels, box: tuple[int, int, int, int], flip: bool, size_px: int) -> Pixels:
+    """A crop (left, top, right, bottom), resized to [size, size, 3], flipped where asked."""
+    left, top, right, bottom = box
+    pixels = resize(image[top:bottom, left:right], (size_px, size_px))
     return cv2.flip(pixels, 1) if flip else pixels  # type: ignore[return-value]
 
 
@@ -54,8 +57,7 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
-    """Turn the hue by ``shift`` of a full circle, in HSV and float32: eight bits a channel would cost several
-    levels."""
+    """Turn the hue by ``shift`` of a full circle, in HSV and float32: bytes lose several levels."""
     # value in levels, as it is linear
     hsv: NDArray[Any] = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
     hsv[..., 0] += 360 * (shift % 1)  # degrees; the way back takes angles above 360, none below 0
@@ -75,13 +77,8 @@ def blur(image: Pixels, sigma: float, kernel_px: int) -> Pixels:
 
 def solarize(image: Pixels, threshold: int) -> Pixels:
     """Invert the values from ``threshold`` on."""
-    return cv2.LUT(image, _solarized(threshold))  # type: ignore[return-value]
-
-
-@cache
-def _solarized(threshold: int) -> Pixels:
     values = np.arange(256, dtype=np.uint8)
-    return np.where(values < threshold, values, 255 - values)
+    return cv2.LUT(image, np.where(values < threshold, values, 255 - values))  # type: ignore[return-value]
 
 
 # in the order of color.OPERATIONS
@@ -91,16 +88,14 @@ assert ADJUST[HUE] is adjust_hue
 
 def apply_color(image: Pixels, color: Color, rule: ColorSettings) -> Pixels:
     """The drawn color of a view on its crop, in DINOv2's order: jitter, grayscale, blur, solarize."""
-    if color.jitter:
-        for operation in color.order:
-            image = ADJUST[operation](image, color.factors[operation])
-    if color.gray:
+    jitter, order, factors, gray, sigma, solarized = color
+    for operation in order if jitter else ():
+        image = ADJUST[operation](image, factors[operation])
+    if gray:
         image = to_gray(image)
-    if color.sigma > 0:
-        image = blur(image, color.sigma, rule.blur_kernel_px)
-    if color.solarize:
-        image = solarize(image, rule.solarize_threshold)
-    return image
+    if sigma > 0:
+        image = blur(image, sigma, rule.blur_kernel_px)
+    return solarize(image, rule.solarize_threshold) if solarized else image
 
 
 def render(
@@ -119,21 +114,17 @@ def render(
     """
     n_views, n_global = views.flips.shape[1], views.n_global
     boxes, flips = pixel_boxes(views.boxes[0], *image.shape[:2]).int().tolist(), views.flips[0].tolist()
-    crops = (
-        np.empty((n_global, global_px, global_px, 3), np.uint8),
-        np.empty((n_views - n_global, local_px, local_px, 3), np.uint8),
-    )
-    for view, (box, flip, color) in enumerate(zip(boxes, flips, colors.rows(0))):
-        size, group, place = (local_px, 1, view - n_global) if view >= n_global else (global_px, 0, view)
-        crop = crop_resize(image, box, flip, size)
-        crops[group][place] = apply_color(crop, color, rule)
-    global_crops, local_crops = (torch.from_numpy(crop).permute(0, 3, 1, 2) for crop in crops)
+    sizes = (n_global, global_px), (n_views - n_global, local_px)
+    crops = [np.empty((n, side, side, 3), np.uint8) for n, side in sizes]
+    places = (place for group in crops for place in group)
+    for place, box, flip, color in zip(places, boxes, flips, colors.rows(0)):
+        place[:] = apply_color(crop_resize(image, box, flip, len(place)), color, rule)
+    global_crops, local_crops = (torch.from_numpy(group).permute(0, 3, 1, 2) for group in crops)
     return global_crops, local_crops
 
 
 def normalize(image: Tensor) -> Tensor:
-    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and standard
-    deviation 1."""
+    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, mean 0, std 1 (ImageNet's)."""
     mean, std = _mean_and_std(image.device)
     levels = torch.empty(image.shape, dtype=torch.float32, device=image.device).copy_(image)
     return levels.sub_(mean).div_(std)

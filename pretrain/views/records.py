@@ -1,7 +1,7 @@
 """The base of all parts of a batch: frozen dataclasses of tensors that move together."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,14 +18,9 @@ class Record:
 
     def map(self: R, change: Callable[[Tensor], Tensor]) -> R:
         """The same record with ``change`` applied to each tensor, including those of inner records."""
-        changed: dict[str, Tensor | Record] = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = change(value)
-            elif isinstance(value, Record):
-                changed[field.name] = value.map(change)
-        return replace(self, **changed)  # type: ignore[type-var]
+        tensors = {name: change(value) for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        records = {k: value.map(change) for k, value in self.__dict__.items() if isinstance(value, Record)}
+        return replace(self, **tensors, **records)  # type: ignore[type-var]
 
     def pin_memory(self: R) -> R:
         """The same record in page-locked memory; a thread of the data loader calls this."""
@@ -37,8 +32,7 @@ class Record:
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Small tensors become arrays. A worker sends each tensor as a shared file, and a process can open
-        about a thousand."""
+        """Small tensors become arrays: a tensor is sent as a shared file; a process opens about 1,000."""
         return {
             name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL_BYTES else value
             for name, value in self.__dict__.items()

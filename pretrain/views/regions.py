@@ -1,5 +1,4 @@
-"""The overlap of two crops of an image, and the patch features of both in its bins: ROI-Align by two matrix
-products.
+"""The overlap of two crops of an image, and the patch features of both in its bins: ROI-Align by matrices.
 
 A view's patch features are located at the centers of its patches. Between centers they are interpolated
 linearly; beyond the outermost ones there is nothing to interpolate. So the overlap of two views is that of
@@ -74,12 +73,8 @@ def read_regions(
     Returns:
         [V, K, n_bins^2, D], in the dtype of ``patches``.
     """
-    # [V, K, n, h]
-    rows = _bin_weights(
-        boxes[:, 1], boxes[:, 3], regions[..., 1], regions[..., 3], grid[0], n_bins, n_samples
-    )
-    columns = _bin_weights(
-        boxes[:, 0], boxes[:, 2], regions[..., 0], regions[..., 2], grid[1], n_bins, n_samples
+    columns, rows = (  # [V, K, n, w] and [V, K, n, h]
+        _bin_weights(boxes[:, i::2], regions[..., i::2], grid[1 - i], n_bins, n_samples) for i in (0, 1)
     )
     columns = torch.where(flips[:, None, None, None], columns.flip(-1), columns)
     maps = patches.unflatten(1, grid).to(torch.promote_types(patches.dtype, torch.float32))  # [V, h, w, D]
@@ -91,14 +86,11 @@ def read_regions(
     return whole.flatten(2, 3).to(patches.dtype)
 
 
-def _bin_weights(
-    low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patches: int, n_bins: int, n_samples: int
-) -> Tensor:
-    """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centers, averaged over
-    each bin's points."""
-    steps = (torch.arange(n_bins * n_samples, device=low.device, dtype=low.dtype) + 0.5) / (
-        n_bins * n_samples
-    )
+def _bin_weights(boxes: Tensor, regions: Tensor, n_patches: int, n_bins: int, n_samples: int) -> Tensor:
+    """Weights [V, K, n_bins, n_patches] of an axis, whose ends are ``boxes`` [V, 2], ``regions`` [V, K, 2]:
+    linear interpolation between patch centers, averaged over each bin's points."""
+    (low, high), (start, end), n_points = boxes.unbind(-1), regions.unbind(-1), n_bins * n_samples
+    steps = (torch.arange(n_points, device=low.device, dtype=low.dtype) + 0.5) / n_points
     points = start.unsqueeze(-1) + steps * (end - start).unsqueeze(-1)  # [V, K, n s], image units
     size = (high - low)[:, None, None]
     at = ((points - low[:, None, None]) / size * n_patches - 0.5).clamp(0, n_patches - 1)  # in patch centers

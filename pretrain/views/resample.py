@@ -1,5 +1,4 @@
-"""Linear pixel operations as matrices: a resized, mirrored or blurred crop is ``Y @ image @ X^T``, for a
-whole batch at once.
+"""Linear pixel operations as matrices: a resized, mirrored or blurred crop is ``Y @ image @ X^T``.
 
 Batches of crops are [B, V, y, 3, x] with the channels between rows and columns. Then both products of all
 views and channels are plain batched matrix products without a copy between them.
@@ -44,8 +43,7 @@ def keys(x: Tensor) -> Tensor:
 
 
 def blur_weights(sigma: Tensor, kernel_px: int, length: int) -> Tensor:
-    """Rows of a Gaussian blur along ``length`` samples, the border mirrored without its outermost sample
-    (``reflect``).
+    """Rows of a Gaussian blur along ``length`` samples, the border as torchvision's ``reflect``.
 
     Args:
         sigma: [...] in samples; 0 gives the identity.
@@ -58,8 +56,7 @@ def blur_weights(sigma: Tensor, kernel_px: int, length: int) -> Tensor:
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[..., None]) ** 2)
     kernel = kernel / kernel.sum(-1, keepdim=True)  # [..., kernel_px]
     places = torch.arange(length, device=sigma.device)[:, None] + offsets  # [length, kernel_px]
-    places = places.abs()
-    places = length - 1 - (length - 1 - places).abs()
+    places = length - 1 - (length - 1 - places.abs()).abs()
     # [length, kernel_px, length]
     taps = (places[..., None] == torch.arange(length, device=sigma.device)).to(sigma.dtype)
     return (kernel @ taps.transpose(0, 1).flatten(1)).unflatten(-1, (length, length))
@@ -77,11 +74,9 @@ def sandwich(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     """
     n_images, n_views, height, _ = left.shape
     left, right = left.to(image.dtype), right.to(image.dtype)
-    if image.dim() == 4:
-        # [B, V y, 3 W]: one product for all views of an image
-        half = torch.bmm(left.flatten(1, 2), image.flatten(-2))
-    else:
-        half = torch.bmm(left.flatten(0, 1), image.flatten(0, 1).flatten(-2))  # [B V, y, 3 W]
+    shared = 5 - image.dim()  # 1: one product for all views of an image
+    # [B, V y, 3 W] or [B V, y, 3 W]
+    half = torch.bmm(left.flatten(shared, shared + 1), image.flatten(0, 1 - shared).flatten(-2))
     half = half.reshape(n_images * n_views, height * 3, -1)  # [B V, 3 y, W]
     whole = torch.bmm(half, right.flatten(0, 1).transpose(1, 2))  # [B V, 3 y, x]
     return whole.unflatten(0, (n_images, n_views)).unflatten(2, (height, 3))

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patch_centers
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights.common import Checkpoint
+from pretrain.weights.common import Checkpoint, State
 
 KERNEL = "patch_embed.proj.weight"
 BIAS = "patch_embed.proj.bias"
@@ -64,13 +64,19 @@ def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
         raise UserError(f"patch_size: {new_px} px is no patch")
     if old_px == new_px:
         return checkpoint
-    state = {**checkpoint.state, KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}
-    provenance = {**checkpoint.provenance, "patch_size_before": old_px}
+    kernel = {KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}
+    return _with(checkpoint, kernel, {"patch_size": new_px}, patch_size_before=old_px)
+
+
+def _with(
+    checkpoint: Checkpoint, state: State, model_kwargs: dict[str, Any], **provenance: Any
+) -> Checkpoint:
+    """With these entries instead of its own."""
     return replace(
         checkpoint,
-        state=state,
-        model_kwargs={**checkpoint.model_kwargs, "patch_size": new_px},
-        provenance=provenance,
+        state={**checkpoint.state, **state},
+        model_kwargs={**checkpoint.model_kwargs, **model_kwargs},
+        provenance={**checkpoint.provenance, **provenance},
     )
 
 
@@ -89,28 +95,20 @@ def with_imagenet_pixels(checkpoint: Checkpoint, mean: Any, std: Any) -> Checkpo
     Raises:
         UserError: these are not three numbers, or a deviation is not positive.
     """
-    means, stds = (
-        _channels(checkpoint, value, name) for value, name in ((mean, "mean"), (std, "standard deviation"))
-    )
-    if min(stds) <= 0:
-        raise UserError(f"weights: {checkpoint.path}: pixels with a standard deviation of {stds}")
-    theirs, ours = (
-        torch.tensor([means, stds], dtype=torch.float64),
-        torch.tensor([MEAN, STD], dtype=torch.float64),
-    )
+    means, stds = _channels(checkpoint, mean, "mean"), _channels(checkpoint, std, "standard deviation")
+    place = f"weights: {checkpoint.path}"
+    ensure(min(stds) > 0, f"{place}: pixels with a standard deviation of {stds}")
+    theirs, ours = (torch.tensor(pair, dtype=torch.float64) for pair in ([means, stds], [MEAN, STD]))
     if KERNEL not in checkpoint.state or torch.allclose(theirs, ours, rtol=0, atol=1e-6):
         return checkpoint
     kernel = checkpoint.state[KERNEL].double()
-    if kernel.ndim != 4 or kernel.shape[1] != 3:
-        raise UserError(
-            f"weights: {checkpoint.path}: {KERNEL} is {tuple(kernel.shape)}, not of three channels"
-        )
+    is_rgb = kernel.ndim == 4 and kernel.shape[1] == 3
+    ensure(is_rgb, f"{place}: {KERNEL} is {tuple(kernel.shape)}, not of three channels")
     shift = torch.einsum("dcij,c->d", kernel, (ours[0] - theirs[0]) / theirs[1])
     scaled = kernel * (ours[1] / theirs[1]).view(3, 1, 1)
     bias = checkpoint.state[BIAS].double() + shift if BIAS in checkpoint.state else shift
-    state = {**checkpoint.state, KERNEL: scaled.float(), BIAS: bias.float()}
-    provenance = {**checkpoint.provenance, "pixel_mean_before": means, "pixel_std_before": stds}
-    return replace(checkpoint, state=state, provenance=provenance)
+    state = {KERNEL: scaled.float(), BIAS: bias.float()}
+    return _with(checkpoint, state, {}, pixel_mean_before=means, pixel_std_before=stds)
 
 
 def _channels(checkpoint: Checkpoint, value: Any, name: str) -> list[float]:
@@ -157,39 +155,25 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     encoding = model_kwargs.get("pos_encoding", "standard")
     if encoding == "field":
         return checkpoint
-    if encoding == "none":
-        raise UserError(
-            f"weights: {path} has no absolute positions of which positions.encoding=field could make a field"
-        )
-    if interpolation not in FIELD_INTERPOLATIONS:
-        raise UserError(
-            f"config: positions.interpolation={interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field"
-        )
+    none = "has no absolute positions of which positions.encoding=field could make a field"
+    ensure(encoding != "none", f"weights: {path} {none}")
+    known = f"is none of {FIELD_INTERPOLATIONS} for a position field"
+    ensure(
+        interpolation in FIELD_INTERPOLATIONS, f"config: positions.interpolation={interpolation!r} {known}"
+    )
     n_cls, side = int(model_kwargs["has_cls"]), model_kwargs["pos_grid"]
     least = math.ceil(side * SAMPLES_A_CELL)
-    if size < least:
-        raise UserError(
-            f"config: positions.grid={size} is too small a field for the {side} x {side} positions of {path}; it takes {least}"
-        )
+    small = f"is too small a field for the {side} x {side} positions of {path}; it takes {least}"
+    ensure(size >= least, f"config: positions.grid={size} {small}")
     along = grid_to_field(side, size, interpolation)  # [F, G]
-    state = dict(checkpoint.state)
-    positions = state.pop("pos_embed")  # [1, 1 + G * G, D]
+    positions = checkpoint.state["pos_embed"]  # [1, 1 + G * G, D]
     grid = positions[0, n_cls:].double().T.unflatten(1, (side, side))  # [D, G, G]
-    state["pos_field"] = (along @ grid @ along.T).unsqueeze(0).to(positions.dtype)  # [1, D, F, F]
+    state = {"pos_field": (along @ grid @ along.T).unsqueeze(0).to(positions.dtype)}  # [1, D, F, F]
     if n_cls:
         state["cls_pos"] = positions[:, :1].clone()
     became = f"its {side} x {side} positions become a field of {size} x {size} samples"
-    warnings.warn(
-        f"weights: {path}: {became}; the network is the same at {side} x {side} patches alone", stacklevel=2
-    )
-    return replace(
-        checkpoint,
-        state=state,
-        model_kwargs={
-            **model_kwargs,
-            "pos_encoding": "field",
-            "pos_grid": size,
-            "pos_interpolation": interpolation,
-        },
-        provenance={**checkpoint.provenance, "pos_grid_before": side},
-    )
+    said = f"weights: {path}: {became}; the network is the same at {side} x {side} patches alone"
+    warnings.warn(said, stacklevel=2)
+    gridless = replace(checkpoint, state={k: v for k, v in checkpoint.state.items() if k != "pos_embed"})
+    own = {"pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation}
+    return _with(gridless, state, own, pos_grid_before=side)

@@ -1,10 +1,9 @@
-"""What the sources of weights share: what each returns, its interface, and the names and shapes of a plain
-ViT."""
+"""What the sources of weights share: their interface, and the names and shapes of a plain ViT."""
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.position import sincos_table
-from pretrain.errors import UserError
 from pretrain.weights.container import Container
 
 State = dict[str, Tensor]
 HEAD_DIM = 64  # of every public ViT of these sizes
 WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
+GATED = "its MLPs are gated (SwiGLU), as in DINOv2's giant (ViT-g): a network that is none of ours"
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class Checkpoint:
         state: {our name: tensor}, on the CPU.
         model_kwargs: the arguments of :class:`pretrain.backbones.vit.ViT` that the file determines.
         backbone: registry name, if the file or its shapes tell it.
-        provenance: JSON values that later stages report: ``source`` (a name of
-            :data:`pretrain.weights.sources.SOURCES`), ``method`` (as tables write it), ``effective_epochs``
-            if the file says it, ...
+        provenance: JSON values that later stages report: ``source``, ``method`` (of :class:`Source`),
+            ``effective_epochs`` if the file says it, ...
         depth_is_counted: only the highest block number tells the depth, so a file that lost its last blocks
             looks whole.
     """
@@ -54,29 +52,28 @@ class Match(IntEnum):
     MARKED = 3  # the content has marks of this source alone
 
 
+class Misfit(ValueError):
+    """Why a source cannot take a file. ``read_checkpoint`` puts the file and the source before it."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One method's public files.
 
     Attributes:
         name: what ``source=`` takes, such as ``dino``.
-        method: the name in tables, such as ``DINO``.
+        method: the name in tables, such as ``DINO``, where ``convert`` gives no other.
         match: how well an opened file fits, by its keys, shapes, values and name. It never raises.
         convert: (file, subnet) -> the file as a checkpoint under our names. ``subnet`` chooses one of several
             networks: ``teacher``, ``student``, or None for the one that the method's authors evaluate. It
             drops what the source lists and nothing else; what it does not know stays in the state and becomes
-            an error by name. It raises a UserError if ours has no such network.
+            an error by name. It raises :class:`Misfit` if ours has no such network.
     """
 
     name: str
     method: str
     match: Callable[[Container], Match]
     convert: Callable[[Container, str | None], Checkpoint]
-
-
-def misfit(path: Path, source: str, reason: str) -> UserError:
-    """The error of a file that a source cannot take."""
-    return UserError(f"weights: {path}, read as {source}: {reason}")
 
 
 def strip(state: Mapping[str, Tensor], prefix: str) -> State:
@@ -87,6 +84,11 @@ def strip(state: Mapping[str, Tensor], prefix: str) -> State:
 def without(state: Mapping[str, Tensor], *starts: str) -> State:
     """All tensors but those whose key begins with one of ``starts``."""
     return {key: value for key, value in state.items() if not key.startswith(starts)}
+
+
+def unwrapped(state: State) -> State:
+    """Without the prefix of torch's DDP, if every name has it."""
+    return strip(state, "module.") if all(key.startswith("module.") for key in state) else state
 
 
 def is_named(file: Container, pattern: str) -> bool:
@@ -101,8 +103,7 @@ def grid_side(n_positions: int) -> int:
 
 
 def starts_with_zero(positions: Tensor) -> bool:
-    """Whether the first position is exactly zero, as [CLS] has it in the fixed sin-cos table of MAE and its
-    descendants."""
+    """Whether the first position is exactly zero, as [CLS] has it in MAE's fixed sin-cos table."""
     return positions.ndim == 3 and positions.shape[1] > 0 and not positions[:, 0].any()
 
 
@@ -122,36 +123,35 @@ def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
 
 def registry_name(width: int, n_registers: int = 0) -> str | None:
     """``vit_small_patch16``, ``..._reg4``: the registered name of this width, if there is one."""
-    if width not in WIDTHS:
-        return None
-    return f"vit_{WIDTHS[width]}_patch16" + ("_reg4" if n_registers == 4 else "")
+    return f"vit_{WIDTHS[width]}_patch16" + ("_reg4" if n_registers == 4 else "") if width in WIDTHS else None
 
 
-def only_network(path: Path, source: str, subnet: str | None) -> None:
-    """Raises UserError if a network is asked for by name: the file holds one network without a name."""
+def only_network(subnet: str | None) -> None:
+    """Raises Misfit if a network is asked for by name: the file holds one network without a name."""
     if subnet is not None:
-        raise misfit(path, source, f"subnet {subnet} is not there; the file holds one network without a name")
+        raise Misfit(f"subnet {subnet} is not there; the file holds one network without a name")
 
 
-def inside_of(
-    file: Container, source: str, state: State, heads: tuple[str, ...], unused: tuple[str, ...] = ()
-) -> State:
+def named(keys: list[str]) -> str:
+    """The first of them, for an error."""
+    return ", ".join(keys[:8])
+
+
+def inside_of(state: State, heads: tuple[str, ...], unused: tuple[str, ...] = ()) -> State:
     """The backbone of a network (:func:`backbone_of`). Everything beside it has to be one of ``heads``.
 
     Raises:
-        UserError: names what is not.
+        Misfit: names what is not.
     """
     inside, beside = backbone_of(state, unused)
     if unknown := list(without(beside, *heads)):
-        raise misfit(file.path, source, f"left over {', '.join(unknown[:8])}")
+        raise Misfit(f"left over {named(unknown)}")
     return inside
 
 
-def backbone_of(state: Mapping[str, Tensor], unused: tuple[str, ...] = ()) -> tuple[State, State]:
-    """The tensors of the backbone, without ``unused``, and those beside it; prefixes of wrappers are
-    stripped."""
-    if all(key.startswith("module.") for key in state):
-        state = strip(state, "module.")
+def backbone_of(state: State, unused: tuple[str, ...] = ()) -> tuple[State, State]:
+    """The tensors of the backbone, without ``unused``, and those beside it, without prefixes of wrappers."""
+    state = unwrapped(state)
     inside = strip(state, "backbone.")
     if not inside:
         return without(state, "head.", *unused), {}  # a backbone alone, perhaps with a classifier
@@ -162,8 +162,6 @@ def take(
     file: Container,
     networks: Mapping[str, State],
     subnet: str | None,
-    source: str,
-    method: str,
     *,
     default: str = "teacher",
     needed: tuple[str, ...] = NEEDED,
@@ -172,76 +170,45 @@ def take(
 ) -> Checkpoint:
     """One network of a file as a checkpoint.
 
-    Args:
-        networks: {teacher: ..., student: ...} under our names, those that exist; {"": ...} if the file gives
-            no name.
-        subnet: the network to take; None: ``default``, or the only one.
-        needed, lacking, interpolation: those of :func:`whole_vit`.
-
-    Raises:
-        UserError: the network is not there; :func:`whole_vit` refuses it; teacher and student differ in names
-            or shapes (iBOT's mask token may be the student's alone).
-    """
-    if not networks:
-        held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
-        raise misfit(file.path, source, f"no network under the names of {method}'s files, but {held}")
-    name = subnet or (default if default in networks else next(iter(networks)))
-    if name not in networks:
-        there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
-        raise misfit(file.path, source, f"subnet {name} is not there; the file holds {there}")
-    checkpoint = whole_vit(file, networks[name], source, method, needed, lacking, interpolation)
-    shapes = [
-        {(key, value.shape) for key, value in state.items() if key != "mask_token"}
-        for state in networks.values()
-    ]
-    if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
-        they = "teacher and student are not one network: they differ in"
-        raise misfit(file.path, source, f"{they} {', '.join(differing[:8])}")
-    return with_origin(checkpoint, file, name)
-
-
-def whole_vit(
-    file: Container,
-    state: State,
-    source: str,
-    method: str,
-    needed: tuple[str, ...],
-    lacking: tuple[str, ...] = (),
-    interpolation: str = "dinov2",
-) -> Checkpoint:
-    """:func:`plain_vit` of a complete backbone.
-
     A missing tensor would change the network that is built (a ViT without its ``norm`` is another ViT), so it
     is an error here.
 
     Args:
+        networks: {teacher: ..., student: ...} under our names, those that exist; {"": ...} if the file gives
+            no name.
+        subnet: the network to take; None: ``default``, or the only one.
         needed: tensors that it has beside the blocks and the patch embedding.
         lacking: starts of names that it does not have.
         interpolation: ``pos_interpolation``.
 
     Raises:
-        UserError: names a tensor that is missing, left over, or of a shape that fits no such ViT.
+        Misfit: the network is not there; names a tensor that is missing, left over, or of a shape that fits
+            no such ViT; teacher and student differ in names or shapes (iBOT's mask token may be the student's
+            alone).
     """
+    if not networks:
+        held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
+        raise Misfit(f"no network under the names of its files, but {held}")
+    name = subnet or (default if default in networks else next(iter(networks)))
+    if name not in networks:
+        there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
+        raise Misfit(f"subnet {name} is not there; the file holds {there}")
+    state = networks[name]
     if absent := [key for key in needed if key not in state]:
-        raise misfit(file.path, source, f"no tensor {', '.join(absent)}")
+        raise Misfit(f"no tensor {', '.join(absent)}")
     if foreign := [key for key in state if key.startswith(lacking)]:
-        raise misfit(file.path, source, f"there is {', '.join(foreign[:8])}, which {method} has not")
+        raise Misfit(f"there is {named(foreign)}, which its networks have not")
     if interpolation == "dinov2" and starts_with_zero(state["pos_embed"]):
-        zero = "the first position in pos_embed is zero, as in MAE's fixed table"
-        raise misfit(file.path, source, f"{zero}; {method}'s are learned")
-    return plain_vit(file.path, state, source, method, pos_interpolation=interpolation)
-
-
-def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpoint:
-    """Add the name of the network and the file's epoch counter to the provenance, if there are any."""
-    origin: dict[str, str | int] = {"subnet": subnet} if subnet else {}
-    if type(epoch := file.tree.get("epoch")) is int:
-        origin["epoch"] = epoch
-    return replace(checkpoint, provenance={**checkpoint.provenance, **origin})
+        raise Misfit("the first position in pos_embed is zero, as in MAE's fixed table; its own are learned")
+    checkpoint = plain_vit(file, state, name, pos_interpolation=interpolation)
+    shapes = [{(key, v.shape) for key, v in net.items() if key != "mask_token"} for net in networks.values()]
+    if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
+        raise Misfit(f"teacher and student are not one network: they differ in {named(differing)}")
+    return checkpoint
 
 
 def plain_vit(
-    path: Path, state: Mapping[str, Tensor], source: str, method: str, **model_kwargs: Any
+    file: Container, state: State, subnet: str | None = None, method: str = "", **model_kwargs: Any
 ) -> Checkpoint:
     """A checkpoint from a state dict under our names; the shapes tell most arguments of the ViT.
 
@@ -249,52 +216,49 @@ def plain_vit(
         state: ``patch_embed.proj.*``, ``blocks.*``; and if there are any ``norm.*``, ``ls1/2.gamma``,
             ``cls_token`` [1, 1, D], ``reg_token`` [1, R, D], ``pos_embed`` [1, (1 +) G * G, D] with a row for
             [CLS] exactly when there is a ``cls_token``.
-        source, method: for the provenance.
+        method: for the provenance, if it is not that of the source.
+        subnet: for the provenance, with the file's epoch counter; empty for a network without a name.
         model_kwargs: what shapes do not tell (``gelu``, ``ln_eps``, ``pos_interpolation``, ...), or what
             overrides them.
 
     Raises:
-        UserError: names a tensor that every ViT needs and that is absent, or of a shape that fits no ViT.
+        Misfit: names a tensor that every ViT needs and that is absent, or of a shape that fits no ViT.
     """
 
     def shaped(key: str, n_dims: int) -> torch.Size:
         if key not in state:
-            raise misfit(path, source, f"no tensor {key}")
+            raise Misfit(f"no tensor {key}")
         if state[key].ndim != n_dims:
-            raise misfit(path, source, f"{key} is {tuple(state[key].shape)}, not of {n_dims} dimensions")
+            raise Misfit(f"{key} is {tuple(state[key].shape)}, not of {n_dims} dimensions")
         return state[key].shape
 
     kernel = shaped("patch_embed.proj.weight", 4)
     if kernel[2] != kernel[3] or not kernel[0]:
-        raise misfit(path, source, f"patch_embed.proj.weight is {tuple(kernel)}, no square patch")
+        raise Misfit(f"patch_embed.proj.weight is {tuple(kernel)}, no square patch")
     width, has_cls = kernel[0], "cls_token" in state
     numbers = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     depth = 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=-1)
     if absent := [i for i in range(max(depth, 1)) if str(i) not in numbers]:
-        raise misfit(path, source, f"no tensor of blocks.{absent[0]}, but there are {depth} blocks")
+        raise Misfit(f"no tensor of blocks.{absent[0]}, but there are {depth} blocks")
     shaped("blocks.0.attn.qkv.weight", 2)
     hidden = shaped("blocks.0.mlp.fc1.weight", 2)[0]
     if shaped("blocks.0.mlp.fc2.weight", 2)[1] * 2 == hidden:
-        raise misfit(path, source, "its MLPs are gated (SwiGLU): a network that is none of ours")
+        raise Misfit(GATED)
     n_registers = shaped("reg_token", 3)[1] if "reg_token" in state else 0
-    found: dict[str, Any] = dict(
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // HEAD_DIM,
-        mlp_ratio=hidden / width,
-        patch_size=kernel[2],
-        n_registers=n_registers,
-        has_cls=has_cls,
-        final_norm="norm.weight" in state,
-        layerscale=1e-5 if "blocks.0.ls1.gamma" in state else None,
-        pos_encoding="standard" if "pos_embed" in state else "none",
-        mask_tokens="mask_token" in state and "pos_mask_token" in state,
-    )
+    found: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": width // HEAD_DIM}
+    found |= {"mlp_ratio": hidden / width, "patch_size": kernel[2], "n_registers": n_registers}
+    found |= {"has_cls": has_cls, "final_norm": "norm.weight" in state}
+    found["layerscale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
+    found["pos_encoding"] = "standard" if "pos_embed" in state else "none"
+    found["mask_tokens"] = "mask_token" in state and "pos_mask_token" in state
     if "pos_embed" in state:
         n_positions = shaped("pos_embed", 3)[1]
         found["pos_grid"] = grid_side(n_positions - has_cls)
         if not found["pos_grid"]:
-            what = "1 + a square grid" if has_cls else "a square grid"
-            raise misfit(path, source, f"pos_embed has {n_positions} positions, not {what}")
-    name, provenance = registry_name(width, n_registers), {"source": source, "method": method}
-    return Checkpoint(path, state, {**found, **model_kwargs}, name, provenance, "depth" not in model_kwargs)
+            raise Misfit(f"pos_embed has {n_positions} positions, not {'1 + ' * has_cls}a square grid")
+    provenance: dict[str, Any] = {"method": method} if method else {}
+    provenance |= {"subnet": subnet} if subnet else {}
+    if subnet is not None and type(file.tree.get("epoch")) is int:
+        provenance["epoch"] = file.tree["epoch"]
+    name, counted = registry_name(width, n_registers), "depth" not in model_kwargs
+    return Checkpoint(file.path, state, found | model_kwargs, name, provenance, counted)

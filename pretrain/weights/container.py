@@ -14,17 +14,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.files import read_mapping
 from pretrain.weights import flax_file, torch_file
 from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 
 WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
-IN_FOLDER = tuple(
-    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
-)
-IN_FOLDER += ("backbone.safetensors",)
+_NAMES = ("model.safetensors", "pytorch_model.bin")
+IN_FOLDER = (*(name + end for name in _NAMES for end in ("", INDEX)), "backbone.safetensors")
 DESCRIBED = (".safetensors", ".bin", INDEX)  # a config.json beside them is theirs; beside a .pth it is not
 
 
@@ -59,12 +57,16 @@ class Container:
         """The only state dict of a file, wrapped or not; empty for any other file."""
         return self.tensors(*WRAPPERS) or {}
 
+    @property
+    def alone(self) -> dict[str, dict[str, Tensor]]:
+        """The same as the one network of a file that gives it no name: {"": ...}; empty for any other file."""
+        return {"": self.flat} if self.flat else {}
+
 
 def is_state(content: Any) -> bool:
     """Whether this is a dictionary of names and tensors that is not empty."""
-    if not isinstance(content, Mapping) or not content:
-        return False
-    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    is_full = isinstance(content, Mapping) and bool(content)
+    return is_full and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
 def open_container(path: str | Path) -> Container:
@@ -75,10 +77,13 @@ def open_container(path: str | Path) -> Container:
             :mod:`pretrain.weights.limits`.
     """
     path = Path(path)
-    file = _weights_in(path) if path.is_dir() else path
-    n_bytes = check_regular(file)
+    file = path
+    if path.is_dir():
+        held = [path / name for name in IN_FOLDER if (path / name).exists()]
+        ensure(held, f"weights: folder {path} holds none of {', '.join(IN_FOLDER)}")
+        file = held[0]
+    n_bytes, metadata = check_regular(file), dict[str, str]()
     tree: Mapping[str, Any]
-    metadata: dict[str, str] = {}
     if file.name.endswith(INDEX):
         tree, n_bytes = _read_shards(file)
     else:
@@ -88,13 +93,6 @@ def open_container(path: str | Path) -> Container:
         return Container(path, tree, metadata)
     beside = [_read_json(file.with_name(name)) for name in ("config.json", "preprocessor_config.json")]
     return Container(path, tree, metadata, *beside)
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in IN_FOLDER:
-        if (folder / name).exists():
-            return folder / name
-    raise UserError(f"weights: folder {folder} holds none of {', '.join(IN_FOLDER)}")
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
@@ -108,49 +106,44 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
         return _read_safetensors(path, head)
     if head.startswith((torch_file.ZIP, torch_file.LEGACY)):
         content = torch_file.read_torch_file(path)
-        if not isinstance(content, Mapping):
-            raise UserError(f"weights: {path} holds a {type(content).__name__}, no dictionary of tensors")
+        what = f"a {type(content).__name__}, no dictionary of tensors"
+        ensure(isinstance(content, Mapping), f"weights: {path} holds {what}")
         return content, {}
-    if head[0] in flax_file.STARTS:
-        return flax_file.read_flax_file(path), {}
-    raise UserError(
-        f"weights: {path} is no file of weights: it begins neither as safetensors' nor torch's nor Flax's do"
-    )
+    begins = "it begins neither as safetensors' nor torch's nor Flax's do"
+    ensure(head[0] in flax_file.STARTS, f"weights: {path} is no file of weights: {begins}")
+    return flax_file.read_flax_file(path), {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The dictionary in the file; empty without a file."""
     if not path.exists():
         return {}
-    if check_regular(path) > MAX_JSON_BYTES:
-        raise UserError(f"weights: {path} has more than {MAX_JSON_BYTES} bytes, no description of a network")
+    is_small, most = check_regular(path) <= MAX_JSON_BYTES, f"more than {MAX_JSON_BYTES} bytes"
+    ensure(is_small, f"weights: {path} has {most}, no description of a network")
     return read_mapping(path, "weights")
 
 
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if len(head) >= 8 and struct.unpack("<Q", head[:8])[0] > MAX_HEADER_BYTES:
-        raise UserError(
-            f"weights: {path} is no readable safetensors file (a header of more than {MAX_HEADER_BYTES} bytes)"
-        )
+    unreadable = f"weights: {path} is no readable safetensors file"
+    is_small = len(head) < 8 or struct.unpack("<Q", head[:8])[0] <= MAX_HEADER_BYTES
+    ensure(is_small, f"{unreadable} (a header of more than {MAX_HEADER_BYTES} bytes)")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
     except Exception as error:  # SafetensorError, OSError; for a type that torch does not have, any
         reason = error if isinstance(error, SafetensorError | OSError) else type(error).__name__
-        raise UserError(f"weights: {path} is no readable safetensors file ({str(reason)[:200]})") from error
+        raise UserError(f"{unreadable} ({str(reason)[:200]})") from error
 
 
-def _is_plain(name: str) -> bool:
+def _is_plain(name: Any) -> bool:
     """Whether this is the name of a file of the same folder."""
-    return Path(name).name == name and name not in ("", "..")
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of all parts that an index names in its own folder, and the bytes of the parts."""
     places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(
-        isinstance(name, str) and _is_plain(name) for name in places.values()
-    ):
+    if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
         raise UserError(f"weights: {index} names no files of its own folder")
     state: dict[str, Tensor] = {}
     n_bytes = 0
@@ -158,9 +151,8 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
         part = index.with_name(name)
         n_bytes += check_regular(part)
         tensors, _ = _read(part)
-        expected = {key for key, place in places.items() if place == name}
-        if expected != tensors.keys():
-            differing = ", ".join(sorted(map(str, expected ^ tensors.keys()))[:5])
-            raise UserError(f"weights: {part} is not the part that {index.name} describes: {differing}")
-        state.update(tensors)
+        wrong = tensors.keys() ^ {key for key, place in places.items() if place == name}
+        said = ", ".join(sorted(map(str, wrong))[:5])
+        ensure(not wrong, f"weights: {part} is not the part that {index.name} describes: {said}")
+        state |= tensors
     return state, n_bytes

@@ -35,17 +35,24 @@ def read_flax_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or an array is not what it declares.
     """
-    tree: dict[str, Any] = {}
+    tree, n_items = dict[str, Any](), 0
+
+    def counted(items: list[Any]) -> list[Any]:
+        nonlocal n_items
+        n_items += len(items)  # an empty dictionary takes one byte in a file and 60 in memory
+        if n_items > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} items")
+        return items
+
     try:
         with open(path, "rb") as file:
-            items = _Items()
             unpacker = msgpack.Unpacker(
                 file,
                 raw=False,
                 strict_map_key=False,
                 ext_hook=_extension,
-                list_hook=items.counted,
-                object_pairs_hook=lambda pairs: dict(items.counted(pairs)),
+                list_hook=counted,
+                object_pairs_hook=lambda pairs: dict(counted(pairs)),
                 max_buffer_size=MAX_LEAF_BYTES,
                 **LONGEST,
             )
@@ -59,24 +66,9 @@ def read_flax_file(path: Path) -> dict[str, Any]:
                 raise ValueError("more bytes follow")
     # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
     except Exception as error:
-        reason = str(error).splitlines()[:1] or [""]
-        raise UserError(
-            f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})"
-        ) from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        raise UserError(f"weights: {path} is no readable Flax checkpoint ({reason})") from error
     return tree
-
-
-class _Items:
-    """Counts the unpacked items: an empty dictionary takes one byte in a file and 60 in memory."""
-
-    def __init__(self) -> None:
-        self.n = 0
-
-    def counted(self, items: list[Any]) -> list[Any]:
-        self.n += len(items)
-        if self.n > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_ITEMS} items")
-        return items
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -88,9 +80,8 @@ def _extension(code: int, data: bytes) -> Any:
     name = dtype.decode("ascii")
     if name not in DTYPES:
         raise ValueError(f"an array of {name[:32]}")
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * DTYPES[name].itemsize != len(
-        buffer
-    ):
+    is_shape = all(isinstance(n, int) and n >= 0 for n in shape)
+    if not is_shape or math.prod(shape) * DTYPES[name].itemsize != len(buffer):
         raise ValueError(f"{len(buffer)} bytes for an array {tuple(shape)}")
     if not buffer:
         return torch.empty(shape, dtype=DTYPES[name])
@@ -105,12 +96,8 @@ def _whole(item: Any, depth: int = 0) -> Any:
         return item
     if CHUNKED not in item:
         return {str(key): _whole(value, depth + 1) for key, value in item.items()}
-    shape, chunks = (_sequence(item[key]) for key in ("shape", "chunks"))
+    # Flax writes a tuple as a dictionary of its places
+    shape, chunks = ([item[key][str(i)] for i in range(len(item[key]))] for key in ("shape", "chunks"))
     if not all(isinstance(chunk, Tensor) for chunk in chunks):
         raise ValueError("a chunk that is no array")
     return torch.cat(chunks).reshape(shape)
-
-
-def _sequence(numbered: Mapping[str, Any]) -> list[Any]:
-    """Flax writes a tuple as a dictionary of its places."""
-    return [numbered[str(i)] for i in range(len(numbered))]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
 # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
@@ -41,13 +41,10 @@ def check_regular(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null character
         reason = getattr(error, "strerror", None) or str(error)
         absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise UserError(
-            f"weights: no file {path}" if absent else f"weights: {path} cannot be read ({reason})"
-        ) from error
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"weights: {path} is no regular file")
-    if found.st_size == 0:
-        raise UserError(f"weights: {path} is empty")
+        said = f"no file {path}" if absent else f"{path} cannot be read ({reason})"
+        raise UserError(f"weights: {said}") from error
+    ensure(stat.S_ISREG(found.st_mode), f"weights: {path} is no regular file")
+    ensure(found.st_size, f"weights: {path} is empty")
     return found.st_size
 
 
@@ -62,26 +59,21 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
     left: list[tuple[str, int, Any]] = [("", 0, tree)]
     while left:
         name, depth, item = left.pop()
+        place = f"weights: {path}: {name}"
         if isinstance(item, Tensor):
-            if len(name) > MAX_NAME or not name.isprintable():
-                raise UserError(f"weights: {path} names a tensor {name[:MAX_NAME]!r}")
-            if item.layout != torch.strided or item.is_quantized or item.device.type != "cpu":
-                raise UserError(
-                    f"weights: {path}: {name} is no plain tensor ({item.layout}, {item.dtype}, {item.device})"
-                )
+            named = len(name) <= MAX_NAME and name.isprintable()
+            ensure(named, f"weights: {path} names a tensor {name[:MAX_NAME]!r}")
+            is_plain = item.layout == torch.strided and not item.is_quantized and item.device.type == "cpu"
+            ensure(is_plain, f"{place} is no plain tensor ({item.layout}, {item.dtype}, {item.device})")
             n_bytes = item.numel() * item.element_size()
-            if n_bytes > item.untyped_storage().nbytes():
-                raise UserError(
-                    f"weights: {path}: {name} declares {tuple(item.shape)}, more than is stored for it"
-                )
+            is_stored = n_bytes <= item.untyped_storage().nbytes()
+            ensure(is_stored, f"{place} declares {tuple(item.shape)}, more than is stored for it")
             total += n_bytes
             continue
-        if depth > MAX_DEPTH:
-            raise UserError(f"weights: {path}: {name} is nested more than {MAX_DEPTH} deep")
-        pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
-        for key, value in pairs:
+        ensure(depth <= MAX_DEPTH, f"{place} is nested more than {MAX_DEPTH} deep")
+        for key, value in item.items() if isinstance(item, Mapping) else enumerate(item):
             if isinstance(value, Tensor | Mapping | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
                 left.append((f"{name}.{key}" if name else str(key), depth + 1, value))
-    if total > MAX_SHARING * file_bytes:
-        raise UserError(f"weights: {path} has {file_bytes} bytes and declares tensors of {total}")
+    shared = total <= MAX_SHARING * file_bytes
+    ensure(shared, f"weights: {path} has {file_bytes} bytes and declares tensors of {total}")

@@ -5,7 +5,7 @@ shape is an error that names it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.results.provenance import file_hash
-from pretrain.weights.common import Checkpoint, Match, Source
+from pretrain.weights.common import Checkpoint, Match, Misfit, Source
 from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, MAX_SIDE, UNSTORED
 from pretrain.weights.sources import SOURCES, unsupported
@@ -38,29 +38,41 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
         UserError: the file is missing, unreadable, of no supported layout or of an architecture that is not a
             plain ViT, or its numbers are no weights (integers, NaN, infinity).
     """
-    if subnet not in (None, "teacher", "student"):
-        raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
+    is_known = subnet in (None, "teacher", "student")
+    ensure(is_known, f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
-    checkpoint = find_source(file, source).convert(file, subnet)
+    checkpoint = converted(file, source, subnet)
     provenance = {**checkpoint.provenance, **_exported(file)}
     for key, kind in TOLD.items():
         value = provenance.get(key)
         is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
-        if not isinstance(value, kind | None) or value != value or not is_line:
-            raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
+        is_told = is_line and isinstance(value, kind | None) and value == value
+        ensure(is_told, f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
     return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
+
+
+def converted(file: Container, source: str | None = None, subnet: str | None = None) -> Checkpoint:
+    """An opened file under our names, as it is.
+
+    Raises:
+        UserError: no source takes it; names the file and the source.
+    """
+    found = find_source(file, source)
+    try:
+        checkpoint = found.convert(file, subnet)
+    except Misfit as error:
+        raise UserError(f"weights: {file.path}, read as {found.name}: {error}") from error
+    # a file of ours says itself whose it is
+    named = {"source": found.name} | ({"method": found.method} if found.name != "posfield" else {})
+    return replace(checkpoint, provenance={**named, **checkpoint.provenance})
 
 
 def _exported(file: Container) -> dict[str, Any]:
     """What an export of ours (:mod:`pretrain.export`) says about its weights; their layout may be that of
     another source."""
     try:
-        told = json.loads(file.metadata.get("posfield", "{}"))["provenance"]
-        return {
-            key: value
-            for key, value in told.items()
-            if key != "source" and isinstance(value, str | int | float)
-        }
+        told = json.loads(file.metadata.get("posfield", "{}"))["provenance"].items()
+        return {key: value for key, value in told if key != "source" and isinstance(value, str | int | float)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -78,11 +90,8 @@ def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str
     if weights is None:
         return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
     said = read_checkpoint(weights, source).provenance
-    return {
-        "method": str(said.get("method", Path(weights).stem)),
-        "effective_epochs": said.get("effective_epochs"),
-        "weights_hash": file_hash(weights),
-    }
+    told = {"method": str(said.get("method", Path(weights).stem)), "weights_hash": file_hash(weights)}
+    return {**told, "effective_epochs": said.get("effective_epochs")}
 
 
 def source_names() -> list[str]:
@@ -96,30 +105,26 @@ def find_source(file: Container, name: str | None = None) -> Source:
     Raises:
         UserError: there is no source of this name; the file fits no source.
     """
+    names = ", ".join(source_names())
     if name is not None:
-        for source in SOURCES:
-            if source.name == name:
-                return source
-        raise UserError(f"weights: source {name!r} is none of {', '.join(source_names())}")
+        named = [source for source in SOURCES if source.name == name]
+        ensure(named, f"weights: source {name!r} is none of {names}")
+        return named[0]
     evidence = [source.match(file) for source in SOURCES]
-    best = max(evidence)
-    if best == Match.NONE:
-        names = ", ".join(source_names())
-        raise UserError(
-            f"weights: {file.path} is of no supported layout; it holds {_shown(file) or 'nothing'}; source= takes {names}"
-        )
-    return SOURCES[evidence.index(best)]
+    if max(evidence) == Match.NONE:
+        held = f"it holds {_shown(file) or 'nothing'}; source= takes {names}"
+        raise UserError(f"weights: {file.path} is of no supported layout; {held}")
+    return SOURCES[evidence.index(max(evidence))]
 
 
 def _shown(file: Container, n: int = 6) -> str:
     """The first names in a file; for a dictionary of tensors, also the first names in it."""
 
-    def told() -> Iterator[str]:
-        for key, value in file.tree.items():
-            inner = f": {{{', '.join(map(str, islice(value, 3)))}, ...}}" if is_state(value) else ""
-            yield f"{str(key)[:60]!r}{inner[:200]}".replace("\n", " ")
-
-    return ", ".join(islice(told(), n)) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
+    told = []
+    for key, value in islice(file.tree.items(), n):
+        inner = f": {{{', '.join(map(str, islice(value, 3)))}, ...}}" if is_state(value) else ""
+        told.append(f"{str(key)[:60]!r}{inner[:200]}".replace("\n", " "))
+    return ", ".join(told) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
 
 
 def backbone_name(
@@ -165,16 +170,12 @@ def check_fit(told: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tenso
     Raises:
         UserError: names each tensor that is missing, left over or of another shape.
     """
+    shapes = {key: (tuple(given[key].shape), tuple(wanted[key].shape)) for key in wanted if key in given}
     problems = [f"missing {key}" for key in wanted if key not in given]
     problems += [f"left over {key}" for key in given if key not in wanted]
-    problems += [
-        f"{key} is {tuple(given[key].shape)} in the file and {tuple(wanted[key].shape)} in the model"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(f"{told}: {shown}")
+    problems += [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in shapes.items() if a != b]
+    shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+    ensure(not problems, f"{told}: {shown}")
 
 
 def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -186,13 +187,11 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     state = {}
     for key, value in checkpoint.state.items():
-        if not value.is_floating_point():
-            raise UserError(
-                f"weights: {checkpoint.path}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights"
-            )
+        place, kind = f"weights: {checkpoint.path}: {key}", str(value.dtype).removeprefix("torch.")
+        ensure(value.is_floating_point(), f"{place} holds {kind}, no weights")
         state[key] = value.to(torch.float32)
-        if value.numel() and not all(bound.isfinite() for bound in torch.aminmax(state[key].detach())):
-            raise UserError(f"weights: {checkpoint.path}: {key} holds NaN or infinity")
+        is_finite = not value.numel() or all(bound.isfinite() for bound in torch.aminmax(state[key].detach()))
+        ensure(is_finite, f"{place} holds NaN or infinity")
     _check_flags(checkpoint, sum(value.numel() for value in state.values()))
     return state
 
@@ -200,30 +199,20 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     """The arguments come from the file's metadata or keys: without a bound they could build a network of any
     size."""
-    model_kwargs = checkpoint.model_kwargs
-    if not isinstance(model_kwargs, Mapping):
-        raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
-    sides = {
-        key: model_kwargs.get(key, 0)
-        for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")
-    }
+    own, place = checkpoint.model_kwargs, f"weights: {checkpoint.path}"
+    ensure(isinstance(own, Mapping), f"{place}: its flags are no dictionary")
+    least = {"embed_dim": 1, "depth": 1, "num_heads": 1, "patch_size": 1, "n_registers": 0, "pos_grid": 0}
+    sides = {key: own.get(key, 0) for key in least}
     for key, value in sides.items():
-        needed = key not in ("n_registers", "pos_grid")
-        if type(value) is not int or not needed <= value <= MAX_SIDE:
-            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r:.60} is no size of a network")
-    width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
-    if width % sides["num_heads"]:
-        raise UserError(
-            f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads"
-        )
-    if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
-        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r:.60} is no size of a network")
-    eps = model_kwargs.get("ln_eps", 1e-6)
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r:.60} is none of a norm")
+        is_size = type(value) is int and least[key] <= value <= MAX_SIDE
+        ensure(is_size, f"{place}: {key} of {value!r:.60} is no size of a network")
+    width, heads = sides["embed_dim"], sides["num_heads"]
+    ratio, eps = own.get("mlp_ratio", 4.0), own.get("ln_eps", 1e-6)
+    ensure(width % heads == 0, f"{place}: {width} channels cannot be split over {heads} heads")
+    is_ratio = isinstance(ratio, int | float) and 0 < ratio <= MAX_SIDE
+    ensure(is_ratio, f"{place}: mlp_ratio of {ratio!r:.60} is no size of a network")
+    ensure(isinstance(eps, float) and 0 < eps < 1, f"{place}: ln_eps of {eps!r:.60} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
-    if n_wanted > 2 * n_stored + UNSTORED:
-        raise UserError(
-            f"weights: {checkpoint.path} holds {n_stored} numbers, its flags build a network of {n_wanted:.2g}"
-        )
+    builds = f"its flags build a network of {n_wanted:.2g}"
+    ensure(n_wanted <= 2 * n_stored + UNSTORED, f"{place} holds {n_stored} numbers, {builds}")

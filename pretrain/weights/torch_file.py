@@ -15,13 +15,17 @@ from typing import Any
 import numpy
 import torch
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, MAX_TUPLE
 
 ZIP = b"PK\x03\x04"
-LEGACY = (
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, until version 1.5
-)
+# the number that torch.save wrote first, until version 1.5
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# ends of the names of records that tell other archives
+NOT_WEIGHTS = {
+    ".npy": "a NumPy archive; torch's, safetensors' and Flax's files are read",
+    "constants.pkl": "a TorchScript program, which is code; a state dict is wanted",
+}
 RECORD_HEADER_BYTES = 30  # at the least
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
@@ -51,8 +55,7 @@ def read_torch_file(path: Path) -> Any:
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
-        pickles = _zip_pickles(path) if is_zip else _legacy_pickles(path)
-        for stream in pickles:
+        for stream in _zip_pickles(path) if is_zip else _legacy_pickles(path):
             _check_pickle(path, stream)
         with _only_ours():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -60,9 +63,8 @@ def read_torch_file(path: Path) -> Any:
         raise
     # on damaged bytes the readers fail in any way: KeyError, IndexError, struct.error, ...
     except Exception as error:
-        raise UserError(
-            f"weights: {path} is no checkpoint of plain tensors ({type(error).__name__})"
-        ) from error
+        what = f"no checkpoint of plain tensors ({type(error).__name__})"
+        raise UserError(f"weights: {path} is {what}") from error
 
 
 @contextmanager
@@ -70,15 +72,14 @@ def _only_ours() -> Iterator[None]:
     """Set torch's list of safe globals to ours; it belongs to the process, so the entries of others
     (mmengine) come back."""
     scalar: Any = numpy.float64(0).__reduce__()[0]
-    ours = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    ours += [
-        (pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, pure in PATHS.items()
-    ]
+    ours: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    for module in ("pathlib", "pathlib._local"):
+        ours += [(pure, f"{module}.{name}") for name, pure in PATHS.items()]
+    ours += [argparse.Namespace, (_dtype, "numpy.dtype"), *{type(dtype) for dtype in DTYPES.values()}]
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        kinds: list[Any] = list({type(dtype) for dtype in DTYPES.values()})
-        torch.serialization.add_safe_globals([argparse.Namespace, (_dtype, "numpy.dtype"), *ours, *kinds])
+        torch.serialization.add_safe_globals(ours)
         yield
     finally:
         torch.serialization.clear_safe_globals()
@@ -99,8 +100,8 @@ class _Bounded(io.FileIO):
     directory."""
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
-        if size is not None and size > MAX_DIRECTORY_BYTES:
-            raise UserError(f"weights: {self.name!s} has a directory of {size} bytes")
+        is_small = size is None or size <= MAX_DIRECTORY_BYTES
+        ensure(is_small, f"weights: {self.name!s} has a directory of {size} bytes")
         return super().read(-1 if size is None else size) or b""
 
 
@@ -108,31 +109,25 @@ def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
     """The pickles of a zip. Each record has to be stored uncompressed, once, in a place of its own."""
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        if len({record.filename for record in records}) != len(records):
-            raise UserError(f"weights: {path} holds a record twice")
+        is_once = len({record.filename for record in records}) == len(records)
+        ensure(is_once, f"weights: {path} holds a record twice")
+        for suffix, what in NOT_WEIGHTS.items():
+            ensure(
+                not any(record.filename.endswith(suffix) for record in records), f"weights: {path} is {what}"
+            )
         ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
-        for record in records:
-            if record.filename.endswith(".npy"):
-                raise UserError(
-                    f"weights: {path} is a NumPy archive; torch's, safetensors' and Flax's files are read"
-                )
-            if record.filename.endswith("constants.pkl"):
-                raise UserError(
-                    f"weights: {path} is a TorchScript program, which is code; a state dict is wanted"
-                )
         for record, end in zip(records, ends):
-            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-                raise UserError(
-                    f"weights: {path}: record {record.filename} is compressed, as torch never does"
-                )
-            if record.header_offset + RECORD_HEADER_BYTES + record.file_size > end:
-                raise UserError(f"weights: {path}: record {record.filename} declares more bytes than it has")
+            place = f"weights: {path}: record {record.filename}"
+            is_stored = (
+                record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+            )
+            ensure(is_stored, f"{place} is compressed, as torch never does")
+            is_whole = record.header_offset + RECORD_HEADER_BYTES + record.file_size <= end
+            ensure(is_whole, f"{place} declares more bytes than it has")
         for record in records:
             if record.filename.endswith(".pkl"):
-                if record.file_size > MAX_PICKLE_BYTES:
-                    raise UserError(
-                        f"weights: {path}: {record.filename} has {record.file_size} bytes, no structure of tensors"
-                    )
+                said = f"{record.filename} has {record.file_size} bytes, no structure of tensors"
+                ensure(record.file_size <= MAX_PICKLE_BYTES, f"weights: {path}: {said}")
                 yield io.BytesIO(archive.read(record))
 
 
@@ -140,29 +135,25 @@ def _legacy_pickles(path: Path) -> Iterator[io.BufferedReader]:
     with open(path, "rb") as file:
         for _ in range(LEGACY_PICKLES):
             yield file  # each check reads one pickle and leaves the file behind it
-            if file.tell() > MAX_PICKLE_BYTES:
-                raise UserError(f"weights: {path} has {file.tell()} bytes of structure before its tensors")
+            said = f"{file.tell()} bytes of structure before its tensors"
+            ensure(file.tell() <= MAX_PICKLE_BYTES, f"weights: {path} has {said}")
 
 
 def _check_pickle(path: Path, stream: Any) -> None:
     """Refuse, by name, what is not data, before anything is built."""
     encodes, codecs, tuples = False, set(), _Tuples()
+    other = f"weights: {path} is no checkpoint of plain tensors"
     for opcode, argument, _ in pickletools.genops(stream):
-        if tuples.largest_after(opcode, argument) > MAX_TUPLE:
-            raise UserError(
-                f"weights: {path} is no checkpoint of plain tensors: a tuple of more than {MAX_TUPLE} items"
-            )
+        largest = tuples.largest_after(opcode, argument)
+        ensure(largest <= MAX_TUPLE, f"{other}: a tuple of more than {MAX_TUPLE} items")
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            if argument is None or not ALLOWED.fullmatch(argument):
-                what = "code" if argument is None else argument.replace(" ", ".")
-                raise UserError(f"weights: {path} is no checkpoint of plain tensors: it holds {what[:80]!r}")
+            what = (argument or "code").replace(" ", ".")[:80]
+            ensure(argument and ALLOWED.fullmatch(argument), f"{other}: it holds {what!r}")
             encodes |= argument == "_codecs encode"
         elif isinstance(argument, str) and len(argument) < 32:
             codecs.add(re.sub(r"\W+", "_", argument.lower()).removesuffix("_codec"))
-    if encodes and codecs & BYTE_CODECS:
-        raise UserError(
-            f"weights: {path} encodes bytes as {', '.join(sorted(codecs & BYTE_CODECS))}, as no checkpoint does"
-        )
+    found = ", ".join(sorted(codecs & BYTE_CODECS))
+    ensure(not (encodes and found), f"weights: {path} encodes bytes as {found}, as no checkpoint does")
 
 
 class _Tuples:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.errors import UserError
+from pretrain.cli import at_least
 from seg_plugin.figures import draw_page, palette_of, save_labels
 from seg_plugin.predict import (
     Segmented,
@@ -24,34 +24,23 @@ ROWS = 4  # images a page
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, build, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run folder: its config and newest checkpoint"
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data", type=Path, metavar="DIR", help="a folder of the run's kind of data (the run's own)"
-    )
-    source.add_argument("--images", type=Path, metavar="DIR", help="images without masks: all of them")
-    parser.add_argument("--split", default="validation", help="training | validation (%(default)s)")
-    parser.add_argument(
-        "--count", type=int, default=16, metavar="N", help="images of the split, evenly spaced (%(default)s)"
-    )
-    parser.add_argument("--overlay", action="store_true", help="also the prediction over the image")
-    parser.add_argument(
-        "--labels",
-        action="store_true",
-        help="also the predicted label maps as PNG, stored as the data's masks are",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(the run's figures/)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="run folder: its config and newest checkpoint")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--data", type=Path, metavar="DIR", help="a folder of the run's kind of data (the run's own)")
+    source("--images", type=Path, metavar="DIR", help="images without masks: all of them")
+    add("--split", default="validation", help="training | validation (%(default)s)")
+    evenly = "images of the split, evenly spaced (%(default)s)"
+    add("--count", type=int, default=16, metavar="N", help=evenly)
+    add("--overlay", action="store_true", help="also the prediction over the image")
+    stored = "also the predicted label maps as PNG, stored as the data's masks are"
+    add("--labels", action="store_true", help=stored)
+    add("--output", type=Path, metavar="DIR", help="(the run's figures/)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     options = parser.parse_args(arguments)
-    if options.count < 1:
-        raise UserError(f"--count: {options.count} is less than 1")
-
+    at_least(options, count=1)
     segmenter = load_segmenter(options.run, options.device)
     metainfo = segmenter.metainfo
     if options.images:
@@ -60,11 +49,8 @@ def main(arguments: list[str]) -> None:
     else:
         dataset = dataset_of_run(segmenter.model, options.split, options.data)
         samples = segment_dataset(segmenter.model, dataset, spread(options.count, len(dataset)))
-        root, what, name = (
-            Path(dataset.labels.folder),
-            f"Segmentation of {options.split} images",
-            options.split,
-        )
+        root, name = Path(dataset.labels.folder), options.split
+        what = f"Segmentation of {name} images"
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
         caption = ", ".join(row.path.stem for row in rows)

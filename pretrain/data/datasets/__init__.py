@@ -1,8 +1,6 @@
-"""Images with a label for each pixel, read in place: ADE20K, Pascal VOC, Cityscapes, COCO-Things and -Stuff, and
-folders of one's own.
+"""Images with a label for each pixel, read in place: public sets, and folders of one's own.
 
-Labels are 1 .. C, and 0 for pixels that do not count, whatever the files store. Each data set has its own
-module.
+Labels are 1 .. C, and 0 for pixels that do not count, whatever the files store.
 """
 
 from collections.abc import Callable
@@ -55,11 +53,11 @@ def open_label_set(
     root, kind = Path(root), kind_of(root, kind)
     if kind == "folder":
         return _own_name(folder.open_part(root, part, n_classes, masks or MaskRule()))
-    if (masks and masks != MaskRule()) or (root / folder.LABELS).is_file():
-        what = f"{root / folder.LABELS}" if not masks or masks == MaskRule() else "a rule for masks"
-        raise UserError(
-            f"{what} has no effect on {kind}; if {root} holds masks of your own, the set is folder"
-        )
+    has_rule = masks not in (None, MaskRule())
+    if has_rule or (root / folder.LABELS).is_file():
+        what = "a rule for masks" if has_rule else root / folder.LABELS
+        told = f"if {root} holds masks of your own, the set is folder"
+        raise UserError(f"{what} has no effect on {kind}; {told}")
     found = _PUBLIC[kind][2](root, part)
     if n_classes not in (0, len(found.classes)):
         raise UserError(f"n_classes={n_classes}: {kind} in {root} has {len(found.classes)}")

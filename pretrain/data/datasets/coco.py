@@ -1,5 +1,4 @@
-"""COCO 2017's pixels by supercategory: COCO-Stuff with 15 classes, COCO-Things with 12. Pixels of the other
-kind do not count.
+"""COCO 2017's pixels by supercategory: COCO-Stuff (15 classes), COCO-Things (12). Others do not count.
 
 This is Leopart's evaluation, which NeCo, CrIBo and PaKA follow. *Stuff* comes from the maps of the stuff
 annotations, without the class "other"; *things* come from the panoptic annotations, drawn as category ids. If
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import by_stem, first_folder, maps_by_stem, paired
+from pretrain.data.datasets.listing import MAP_SUFFIXES, by_stem, first_folder, paired
 from pretrain.data.datasets.maps import UNKNOWN
 from pretrain.errors import UserError
 
@@ -81,15 +80,11 @@ DEPARTURE = {"coco_stuff": "", "coco_things": "things of stuffthingmaps in place
 
 def has(root: Path, kind: str) -> bool:
     """Whether the images and some maps of ``coco_stuff`` or ``coco_things`` are there."""
-    return (
-        _folder(root, IMAGES, "val") is not None
-        and _folder(root, PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, "val") is not None
-    )
+    return all(_folder(root, at, "val") for at in (IMAGES, PUBLISHED_MAPS[kind] + STUFF_THING_MAPS))
 
 
 def open_part(root: Path, part: str, kind: str) -> LabelSet:
-    """One part of ``coco_stuff`` or ``coco_things``, in the order of the image names; errors are those of
-    ``open_label_set``."""
+    """One part of ``coco_stuff`` or ``coco_things``, by the images' names; errors: ``open_label_set``."""
     images = _folder(root, IMAGES, part)
     if images is None:
         raise UserError(f"{root} holds no COCO images: none of {_any(IMAGES, part)}")
@@ -99,16 +94,14 @@ def open_part(root: Path, part: str, kind: str) -> LabelSet:
     elif (folder := _folder(root, STUFF_THING_MAPS, part)) is not None:
         source, departure, shift = "stuffthingmaps", DEPARTURE[kind], 1
     else:
-        raise UserError(
-            f"{root} has no maps of {kind}: none of {_any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)}"
-        )
-    maps = maps_by_stem(folder)
-    # MMSegmentation's, beside what they are made of
-    if converted := [stem for stem in maps if stem.endswith("_labelTrainIds")]:
-        maps = {stem: file for stem, file in maps.items() if not stem.endswith("_labelTrainIds")}
-        if not maps:
-            told = f"holds only maps of train ids ({converted[0]}.png): the original ones are needed"
-            raise UserError(f"{folder} {told}")
+        places = _any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)
+        raise UserError(f"{root} has no maps of {kind}: none of {places}")
+    found = by_stem(folder, MAP_SUFFIXES)
+    # without MMSegmentation's, beside what they are made of
+    maps = {stem: file for stem, file in found.items() if not stem.endswith("_labelTrainIds")}
+    if not maps:
+        told = f"holds only maps of train ids ({next(iter(found))}.png): the original ones are needed"
+        raise UserError(f"{folder} {told}")
     files = paired(by_stem(images), maps)
     return LabelSet(kind, part, classes, files, label_table(kind, shift), source, departure, str(images))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import Pairs, by_stem, listed_stems, maps_by_stem, named, paired
+from pretrain.data.datasets.listing import MAP_SUFFIXES, Pairs, by_stem, listed_stems, named, paired
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
@@ -45,13 +45,11 @@ HINT = f"; give --map VALUE=LABEL or --void VALUE, or say what it means in {LABE
 class MaskRule(Settings):
     """How masks of one's own are read. What options say goes before what ``labels.yaml`` says."""
 
-    classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...", source="ours")
-    map: dict[str, str] = setting(
-        dict, "{value or color in the mask: label, or its name, or void}", source="ours"
-    )
-    void: tuple[str, ...] = setting((), "values that do not count; none given: 255", source="ours")
+    classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...")
+    map: dict[str, str] = setting(dict, "{value or color in the mask: label, its name, or void}")
+    void: tuple[str, ...] = setting((), "values that do not count; none given: 255")
     mask_name: str = setting(
-        "", "of an image's mask, {stem}_seg.png", source="ours", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
+        "", "of an image's mask, {stem}_seg.png", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
     )
 
 
@@ -87,9 +85,8 @@ class _Meaning:
 
     def labels(self, seen: Mapping[int, str]) -> dict[int, int]:
         """{value: label} of those values that count."""
-        return {
-            v: self.map.get(v, v) for v in seen if v in self.map or not (self.is_closed or v in self.void)
-        }
+        counts = [v for v in seen if v in self.map or not (self.is_closed or v in self.void)]
+        return {v: self.map.get(v, v) for v in counts}
 
     def table(self, n_labels: int) -> np.ndarray:
         """[V] int32, as :class:`LabelSet` has it."""
@@ -105,23 +102,21 @@ class _Meaning:
 
 def has(root: Path) -> bool:
     """Whether the folder has a training part."""
-    if (root / "train.txt").is_file():
-        return bool(_places(root, IMAGES) and _places(root, MAPS))
-    return bool(_places(root, IMAGES, "train") and _places(root, MAPS, "train"))
+    part = "" if (root / "train.txt").is_file() else "train"
+    return all(_places(root, kinds, part) for kinds in (IMAGES, MAPS))
 
 
 def open_part(root: Path, part: str, n_classes: int, rule: MaskRule) -> LabelSet:
     """One part, sorted by name or in the order of its list; errors as for ``open_label_set``.
 
     Args:
-        n_classes: how many classes count; 0: as many as are named, or else as the masks of both parts hold
-            (all are read).
+        n_classes: as of ``open_label_set``.
     """
     meaning = _meaning(root, rule, n_classes)
     if not (n_labels := _n_labels(root, meaning, n_classes)):
-        seen = _seen([*_pairs(root, "train", meaning), *_pairs(root, "val", meaning)], meaning)
+        seen = _seen([pair for part in PARTS for pair in _pairs(root, part, meaning)], meaning)
         n_labels = 1 + max(meaning.labels(seen).values(), default=0)
-    return _label_set(root, part, meaning, n_labels, _pairs(root, part, meaning))
+    return _label_set(root, part, _pairs(root, part, meaning), meaning, n_labels)
 
 
 def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, LabelSet]:
@@ -149,28 +144,25 @@ def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, La
         value = next(value for value, label in labels.items() if label == largest)
         told = f"{named_by} names {n_names} labels, 0 to {n_names - 1}, but {seen[value]} holds {value}"
         raise UserError(f"{told}: name it (line k names label k, from 0){HINT}")
-    if not n_classes and not meaning.is_closed and max(meaning.counted(n_names), default=0) > largest:
-        n = len(meaning.counted(n_names))
-        told = (
-            f"{named_by} names the labels 0 to {n_names - 1}, but the largest in {n_masks} masks is {largest}"
+    counted = meaning.counted(n_names)
+    if not n_classes and not meaning.is_closed and max(counted, default=0) > largest:
+        n, told = (
+            len(counted),
+            f"but the largest in {n_masks} masks is {largest}; take out the names that are too much",
         )
         way = f"if that is right, say so by --classes {n} (posfield segment: num_classes={n})"
-        raise UserError(f"{told}; take out the names that are too much, or {way}")
+        raise UserError(f"{named_by} names the labels 0 to {n_names - 1}, {told}, or {way}")
     if VOID in seen and largest > VOID and not (n_labels or rule.void):
-        raise UserError(
-            f"{root}: is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535"
-        )
+        told = f"is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535"
+        raise UserError(f"{root}: {told}")
     n_labels = n_labels or largest + 1
-    return _label_set(root, "train", meaning, n_labels, train), _label_set(
-        root, "val", meaning, n_labels, val
-    )
+    made = [_label_set(root, *part, meaning, n_labels) for part in (("train", train), ("val", val))]
+    return made[0], made[1]
 
 
-def _label_set(root: Path, part: str, meaning: _Meaning, n_labels: int, files: Pairs) -> LabelSet:
+def _label_set(root: Path, part: str, files: Pairs, meaning: _Meaning, n_labels: int) -> LabelSet:
     names, said = meaning.names or [f"class {k}" for k in range(n_labels)], [part]
-    void = [
-        f"#{meaning.colors[value]:06x}" if meaning.colors else str(value) for value in sorted(meaning.void)
-    ]
+    void = [f"#{meaning.colors[v]:06x}" if meaning.colors else str(v) for v in sorted(meaning.void)]
     said += [f"not counted: {void}"] * (void != [str(VOID)]) + [f"map: {meaning.map}"] * bool(meaning.map)
     return LabelSet(
         root.resolve().name, part, tuple(names[k] for k in meaning.counted(n_labels)), files,
@@ -191,8 +183,8 @@ def _n_labels(root: Path, meaning: _Meaning, n_classes: int) -> int:
 
 def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
     """{value: the first file that holds it}."""
-    found: dict[int, str] = {}
     values = in_threads(lambda pair: np.unique(read_map(Path(pair[1]), meaning.colors)).tolist(), files)
+    found: dict[int, str] = {}
     for of_file, (_, file) in zip(values, files):
         found = dict.fromkeys(of_file, file) | found
     return found
@@ -203,10 +195,10 @@ def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
 
 def _places(root: Path, kinds: tuple[str, ...], part: str = "") -> list[Path]:
     """Folders of a part, or of all; ``test`` is that of ``val`` only where no other is."""
-    parts: list[tuple[str, ...]] = [
-        (f"{k}/{name}", f"{name}/{k}") for k in kinds for name in PARTS.get(part, ())
+    inside = [
+        place for k in kinds for name in PARTS.get(part, ()) for place in (f"{k}/{name}", f"{name}/{k}")
     ]
-    found = [root / place for places in parts or [kinds] for place in places if (root / place).is_dir()]
+    found = [root / place for place in inside or kinds if (root / place).is_dir()]
     return [place for place in found if "test" not in place.relative_to(root).parts] or found
 
 
@@ -230,7 +222,7 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
         stems = listed_stems(file)
     elif not _places(root, MAPS, part):
         raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
-    found, masks = by_stem(images), maps_by_stem(maps)
+    found, masks = by_stem(images), by_stem(maps, MAP_SUFFIXES)
     rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
     by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
     best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))
@@ -245,23 +237,18 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
 def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     file = root / LABELS
     said = build(MaskRule, [read_yaml(file)], str(file)) if file.is_file() else MaskRule()
-    pairs = {_value(v, file): target for v, target in said.map.items()}
-    pairs |= {_value(v, "--map"): target for v, target in rule.map.items()}
-    void = {_value(v, "--void" if rule.void else file): NO_CLASS for v in rule.void or said.void}
-    if twice := [v for v in rule.map if rule.void and v in rule.void]:
+    if twice := [v for v in rule.map if v in rule.void]:
         raise UserError(f"{twice[0]} stands in --map and in --void; take it out of one of them")
-    pairs = {**void, **pairs}
+    pairs = {_value(v, "--void" if rule.void else file): NO_CLASS for v in rule.void or said.void}
+    pairs |= {_value(v, file): target for v, target in said.map.items()}
+    pairs |= {_value(v, "--map"): target for v, target in rule.map.items()}
     targets = list(dict.fromkeys(target for target in said.map.values() if target != NO_CLASS))
     by_name = bool(targets) and not all(target.isdecimal() for target in targets)
     names, named_by = said.classes or (tuple(targets) if by_name else ()), LABELS
     if not names:
         names, named_by = _names(root / CLASSES), CLASSES
-    elif said.map and (
-        absent := [k for k, n in enumerate(names) if n not in targets and str(k) not in targets]
-    ):
-        raise UserError(
-            f"{file}: no value of map is class {names[absent[0]]!r}; name one, or take the class out"
-        )
+    elif said.map and (absent := [n for k, n in enumerate(names) if not {n, str(k)} & {*targets}]):
+        raise UserError(f"{file}: no value of map is class {absent[0]!r}; name one, or take the class out")
     if said.map and not names:
         names, named_by = tuple(f"class {k}" for k in range(1 + max(map(int, targets), default=0))), NUMBERS
     labels = {v: _label(target, names, v) for v, target in pairs.items() if target != NO_CLASS}
@@ -273,10 +260,9 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
         not_counted = [VOID]
     place = {color + COLOR: i for i, color in enumerate(colors)}
     labels = {place.get(v, v): label for v, label in labels.items()}
-    return _Meaning(
-        labels, tuple(place.get(v, v) for v in not_counted), bool(said.map or colors), names,
-        named_by if names else NUMBERS, rule.mask_name or said.mask_name, colors,
-    )  # fmt: skip
+    void, named_by = tuple(place.get(v, v) for v in not_counted), named_by if names else NUMBERS
+    mask_name = rule.mask_name or said.mask_name
+    return _Meaning(labels, void, bool(said.map or colors), names, named_by, mask_name, colors)
 
 
 def _value(text: str, where: object) -> int:

@@ -1,9 +1,7 @@
 """One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from pretrain.data.datasets.listing import Pairs
 from pretrain.data.datasets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.images import in_threads, read_picture, spread, square
+from pretrain.data.images import in_batches, in_threads, read_picture, spread, square
 from pretrain.errors import UserError
 
 
@@ -81,10 +79,8 @@ class LabelSet:
             UserError: the file cannot be read, or holds a value that the set does not know; names both.
         """
         values = read_map(file, self.colors)
-        if values.max() < len(self.table):
-            labels = np.take(self.table, values)
-            if labels.min() != UNKNOWN:
-                return labels
+        if values.max() < len(self.table) and (labels := np.take(self.table, values)).min() != UNKNOWN:
+            return labels
         unknown = np.setdiff1d(values, np.flatnonzero(self.table != UNKNOWN))[0]
         told = f"{file} holds the value {unknown}, which is none of {self.name} ({len(self.classes)} classes)"
         raise UserError(told + self.hint)
@@ -107,13 +103,10 @@ class LabelSet:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What the maps store for each class: a value, or with ``colors`` red, green and blue; of several the last.
-        -1: nothing."""
+        """What maps store for each class, the last of several: a value, or RGB (``colors``); -1: nothing."""
         stored = [np.flatnonzero(self.table == label) for label in range(1, len(self.classes) + 1)]
         values = [int(of[-1]) if len(of) else -1 for of in stored]
-        return (
-            tuple(tuple(self.colors[v].to_bytes(3, "big")) for v in values) if self.colors else tuple(values)
-        )
+        return tuple(tuple(self.colors[v].to_bytes(3, "big")) if self.colors else v for v in values)
 
     def first(self, most: int) -> "LabelSet":
         """The same with at most ``most`` items, at equal steps from the first one."""
@@ -130,10 +123,9 @@ class LabelSet:
             pixels, labels = self.read(index)
             return square(pixels, side_px, crop=False), nearest(labels, label_px)
 
-        with closing(in_threads(item, range(len(self)) if order is None else order)) as items:
-            while batch := list(islice(items, batch_size)):
-                images, labels = zip(*batch)
-                yield torch.stack(images), torch.stack(labels)  # [b, 3, side, side], [b, label, label]
+        for batch in in_batches(item, range(len(self)) if order is None else order, batch_size):
+            images, labels = zip(*batch)
+            yield torch.stack(images), torch.stack(labels)
 
 
 def _read_image(file: Path) -> NDArray[np.uint8]:

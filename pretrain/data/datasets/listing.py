@@ -1,6 +1,7 @@
 """Pair images with label maps: folders are listed once, with all below them, and no file is opened."""
 
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pretrain.errors import UserError
 
 # Paths of image and label map of each item; as text, 118,287 pairs take half a second
 Pairs = Sequence[tuple[str, str]]
+MAP_SUFFIXES = (".png",)
 IMAGE_SUFFIXES = (*SUFFIXES, ".tif", ".tiff")
 
 
@@ -43,20 +45,12 @@ def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str,
     return found
 
 
-def maps_by_stem(folder: Path) -> dict[str, str]:
-    """The label maps of a folder, as :func:`by_stem`."""
-    return by_stem(folder, (".png",))
-
-
 def named(files: dict[str, str], name: str) -> dict[str, str]:
     """Those files whose name, without suffix, is of the form ``{stem}_mask``, by what ``{stem}`` stands for."""
     before, after = name.split("{stem}")
-    parts = {file: os.path.split(file) for file in files}
-    return {
-        os.path.join(at, base[len(before) : len(base) - len(after)]): files[file]
-        for file, (at, base) in parts.items()
-        if len(base) > len(before) + len(after) and base.startswith(before) and base.endswith(after)
-    }
+    rule = re.compile(rf"(.*/)?{re.escape(before)}([^/]+){re.escape(after)}", re.DOTALL)
+    found = {rule.fullmatch(stem): file for stem, file in files.items()}
+    return {(match[1] or "") + match[2]: file for match, file in found.items() if match}
 
 
 def paired(
@@ -82,8 +76,7 @@ def paired(
 
 
 def listed_stems(file: Path) -> list[str]:
-    """The images that a text file names, one a line: the last part of the first word, with or without a
-    suffix of images.
+    """The images that a text file names, one a line: the base name of the first word, without suffix.
 
     Empty lines and lines that start with ``#`` are left out.
 
@@ -94,16 +87,12 @@ def listed_stems(file: Path) -> list[str]:
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable list of images ({error})") from error
-    stems = [_stem(words[0]) for words in lines if words and not words[0].startswith("#")]
+    names = [words[0].rpartition("/")[2] for words in lines if words and not words[0].startswith("#")]
+    parts = [(name, *os.path.splitext(name)) for name in names]
+    stems = [stem if suffix.lower() in IMAGE_SUFFIXES else name for name, stem, suffix in parts]
     if not stems:
         raise UserError(f"{file} names no image")
     if len(set(stems)) < len(stems):
         twice = next(stem for i, stem in enumerate(stems) if stem in stems[:i])
         raise UserError(f"{file} names {twice} twice")
     return stems
-
-
-def _stem(word: str) -> str:
-    name = word.rpartition("/")[2]
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else name

@@ -35,9 +35,8 @@ def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
         data = read_file(os.fsencode(file))
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_MPX * 1e6:
-                raise BrokenImage(
-                    f"declares {image.width} x {image.height} pixels, more than {MAX_MPX:g} million"
-                )
+                told = f"{image.width} x {image.height} pixels, more than {MAX_MPX:g} million"
+                raise BrokenImage(f"declares {told}")
             step = GRAY_STEPS.get(str(image.tile[0][3]), 1)
             check_png(data)
             values = np.array(image.convert("RGB") if colors else image)
@@ -45,24 +44,19 @@ def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file} cannot be read ({told})") from error
     if colors:
-        return _places(values, np.array(colors), file)
+        packed, known = values.astype(np.int64) @ [1 << 16, 1 << 8, 1], np.array(colors)  # [H, W], [n]
+        places = np.searchsorted(known, packed).clip(max=len(known) - 1)
+        if (unknown := packed[known[places] != packed]).size:
+            raise UserError(f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name")
+        return places
     if values.ndim != 2:
         told = f"it has {values.shape[-1]} channels; say in labels.yaml what its colors mean"
         raise UserError(f"{file} is no label map: {told}")
     return values.astype(np.uint8) if values.dtype == bool else values // step if step > 1 else values
 
 
-def _places(pixels: NDArray[np.uint8], colors: NDArray[np.int64], file: Path) -> NDArray[np.integer]:
-    packed = pixels.astype(np.int64) @ [1 << 16, 1 << 8, 1]  # [H, W]
-    places = np.searchsorted(colors, packed).clip(max=len(colors) - 1)
-    if (unknown := packed[colors[places] != packed]).size:
-        raise UserError(f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name")
-    return places
-
-
 def nearest(labels: NDArray[np.int32], rows_px: int, columns_px: int | None = None) -> Tensor:
-    """[H, W] -> int32 [rows, columns], square without ``columns_px``: the label at the center of each new
-    pixel."""
+    """[H, W] -> int32 [rows, columns (or rows)]: the label at the center of each new pixel."""
     size = rows_px, columns_px or rows_px
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n, side in zip(labels.shape, size))
     return torch.from_numpy(labels[rows[:, None], columns[None]])

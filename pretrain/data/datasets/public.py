@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import by_stem, first_folder, listed_stems, maps_by_stem, named, paired
+from pretrain.data.datasets.listing import MAP_SUFFIXES, by_stem, first_folder, listed_stems, named, paired
 from pretrain.data.datasets.maps import UNKNOWN
 from pretrain.errors import UserError
 
@@ -44,20 +44,18 @@ def ade_home(root: Path) -> Path:
 def is_ade(root: Path) -> bool:
     """Whether the name of the folder or of its files says ADE20K: other sets have the same sub-folders."""
     home = ade_home(root)
-    if not (home / "annotations" / "validation").is_dir():
-        return False
-    of_files = next(home.glob("images/validation/ADE_*"), None) is not None
-    return of_files or ADE_HOME in (home.name, home.resolve().name)
+    is_named = ADE_HOME in (home.name, home.resolve().name) or any(home.glob("images/validation/ADE_*"))
+    return is_named and (home / "annotations" / "validation").is_dir()
 
 
 def open_ade(root: Path, part: str) -> LabelSet:
     """One part of ADE20K, in the order of the file names; errors are those of ``open_label_set``."""
     images, maps = (ade_home(root) / kind / ADE_PARTS[part] for kind in ("images", "annotations"))
-    for folder in (images, maps):
-        if not folder.is_dir():
-            raise UserError(f"{root} is no ADE20K: no folder {folder} ({ADE_LAYOUT})")
+    if missing := [folder for folder in (images, maps) if not folder.is_dir()]:
+        raise UserError(f"{root} is no ADE20K: no folder {missing[0]} ({ADE_LAYOUT})")
     names = tuple(files(__package__).joinpath("ade20k_classes.txt").read_text(encoding="utf-8").splitlines())
-    table, pairs = np.arange(len(names) + 1, dtype=np.int32), paired(by_stem(images), maps_by_stem(maps))
+    table = np.arange(len(names) + 1, dtype=np.int32)
+    pairs = paired(by_stem(images), by_stem(maps, MAP_SUFFIXES))
     return LabelSet("ade20k", part, names, pairs, table, ADE_PARTS[part], folder=str(images))
 
 
@@ -73,7 +71,7 @@ CITYSCAPES = (
 def open_cityscapes(root: Path, part: str) -> LabelSet:
     """One part of Cityscapes, sorted by city; errors are those of ``open_label_set``."""
     folder, train_ids = root / "leftImg8bit" / part, "{stem}_gtFine_labelTrainIds"
-    maps = named(maps_by_stem(root / "gtFine" / part), train_ids)
+    maps = named(by_stem(root / "gtFine" / part, MAP_SUFFIXES), train_ids)
     if not maps:
         made_by = "cityscapesScripts' createTrainIdLabelImgs makes them"
         raise UserError(f"no {train_ids.format(stem='*')}.png in {root / 'gtFine' / part}: {made_by}")
@@ -98,36 +96,29 @@ LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 def voc_home(root: Path) -> Path | None:
     """The folder with ``SegmentationClass`` and its lists, if it exists."""
-    homes = [root / place for place in PLACES if (root / place / "SegmentationClass").is_dir()]
+    homes = (root / place for place in PLACES if (root / place / "SegmentationClass").is_dir())
     return next((home for home in homes if first_folder(home, LISTS)), None)
 
 
 def open_voc(root: Path, part: str, own_train: bool = False) -> LabelSet:
-    """``train`` (trainaug, or else VOC's own, which is a departure) or ``val``.
-
-    Args:
-        own_train: VOC's own, even if trainaug is there.
-
-    Raises:
-        UserError: as ``open_label_set``.
-    """
+    """``train`` (trainaug, or else VOC's own, a departure; with ``own_train`` always) or ``val``; errors:
+    ``open_label_set``."""
     home = voc_home(root)
     if home is None:
         raise UserError(f"{root} is no Pascal VOC 2012: it has no {VOC_LAYOUT}")
     images = first_folder(home, ("JPEGImages", "images"))
     if images is None:
         raise UserError(f"no folder {home}/JPEGImages")
-    maps = maps_by_stem(home / "SegmentationClass")
+    maps = by_stem(home / "SegmentationClass", MAP_SUFFIXES)
     stems, source = _list(home, "val"), "val"
     if part == "train":
         unseen = set(stems)
         stems, source = (_list(home, "train"), "train") if own_train else _training(home)
         if leaked := sorted(unseen.intersection(stems)):
-            raise UserError(
-                f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
-            )
+            told = f"{len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
+            raise UserError(f"{home}: {told}")
         if source != "train":
-            maps |= maps_by_stem(home / AUGMENTED)
+            maps |= by_stem(home / AUGMENTED, MAP_SUFFIXES)
     pairs = paired(by_stem(images, (".jpg",)), maps, stems, listed=f"the list {source}")
     departure = OWN_TRAIN if source == "train" else ""
     return LabelSet("voc2012", part, VOC, pairs, _from_zero(len(VOC)), source, departure, str(images))

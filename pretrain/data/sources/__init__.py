@@ -1,5 +1,4 @@
-"""Where images come from: one interface to folders, lists, COCO, tar shards, parquet files and Hugging Face
-folders.
+"""Where images come from: folders, lists, COCO, tar shards, parquet files and Hugging Face folders.
 
 A source gives random access by index, in the same order on every machine. It goes to workers by pickle or
 fork and opens its files in each process.
@@ -17,6 +16,8 @@ from pretrain.settings import Settings, setting
 
 __all__ = ["DataSettings", "FileSource", "Source", "folder_source", "kind_of", "list_source", "open_source"]
 
+# TarSource says that a packed one must be unpacked
+ENDS = {"list": r"\.(txt|lst)$", "parquet": r"\.parquet$", "tar": r"\.(tar(\.\w+)?|tgz)$"}
 COCO_SPLIT = re.compile(r"(train|val|test|unlabeled)20\d\d")
 
 
@@ -26,24 +27,16 @@ class DataSettings(Settings):
     in_recipe = False
 
     root: str = setting(
-        "",
-        "folder, list file, tar shards, parquet files or Hugging Face folder; required",
-        source="ours",
-        fixed=False,
+        "", "folder, list file, tar shards, parquet files or Hugging Face folder; required", fixed=False
     )
     source: Literal["auto", "folder", "list", "coco", "tar", "parquet", "huggingface"] = setting(
-        "auto", "kind of root; auto: told from it", source="ours"
+        "auto", "kind of root; auto: told from it"
     )
-    split: str = setting(
-        "", "sub-folder (coco: train2017) or split of root; all of it without", source="ours"
-    )
-    image_column: str = setting(
-        "", "parquet, huggingface: column of the images; found by itself without", source="ours"
-    )
+    split: str = setting("", "sub-folder (coco: train2017) or split of root; all of it without")
+    image_column: str = setting("", "parquet, huggingface: column of the images; found by itself without")
     workers: int = setting(
         4,
         "decoding processes a rank; the order of the images does not depend on it",
-        source="ours",
         fixed=False,
         ge=0,
         le=1024,
@@ -51,25 +44,18 @@ class DataSettings(Settings):
     path: Literal["auto", "cpu", "device"] = setting(
         "auto",
         "views are made: cpu (in the workers) | device (batched, beside the step) | auto (device on CUDA)",
-        source="ours",
     )
     max_side_px: int = setting(
         0,
         "longer images are scaled down to this side after decoding; 0: never (device path: 512)",
-        source="ours",
         ge=0,
         le=65536,
     )
     max_mpx: float = setting(
-        200.0, "an image of more megapixels counts as broken (decompression bombs)", source="ours", ge=1e-6
+        200.0, "an image of more megapixels counts as broken (decompression bombs)", ge=1e-6
     )
     broken_share: float = setting(
-        0.1,
-        "the run stops when more than this share of the images read is broken",
-        source="ours",
-        fixed=False,
-        ge=0,
-        le=1,
+        0.1, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
     )
 
 
@@ -101,10 +87,12 @@ def open_source(data: DataSettings) -> Source:
         if split:
             raise UserError(f"data.split={split}: a list has no splits ({root})")
         return list_source(root)
-    if kind == "coco":
-        return _coco_source(root, split)
-    if kind == "folder":
-        return folder_source(root, (split,))
+    if kind == "coco" and not split and os.path.isdir(root):
+        # never all: the run would silently train on the validation images
+        told = f"{root} ({', '.join(coco_splits(Path(root))) or 'none like train2017'})"
+        raise UserError(f"data.split: which of COCO's image folders in {told}? Several are joined with +")
+    if kind in ("folder", "coco"):
+        return folder_source(root, split.split("+") if kind == "coco" else [split])
     if kind == "tar":
         return TarSource(root, split)
     try:
@@ -129,20 +117,18 @@ def kind_of(root: str, split: str = "") -> str:
     """
     path = Path(root)
     if path.is_file() or not path.is_dir() and is_pattern(root):
-        return _kind_of_file(path)
+        if kind := next((kind for kind, end in ENDS.items() if re.search(end, path.name.lower())), None):
+            return kind
+        told = "is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"
+        raise UserError(f"data.root: {path} {told}")
     if not path.is_dir():
         raise UserError(f"data.root: no file or folder {root}")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return "huggingface"
     if coco_splits(path) and (path / "annotations").is_dir():
         return "coco"
-    return _kind_of_files_in(path / split if (path / split).is_dir() else path)
-
-
-def _kind_of_files_in(folder: Path) -> str:
-    """``tar`` or ``parquet`` for a folder with such files and neither images nor folders, else ``folder``."""
     kind = "folder"
-    with os.scandir(folder) as entries:
+    with os.scandir(path / split if (path / split).is_dir() else path) as entries:
         for entry in entries:
             if is_image(os.fsencode(entry.name)) or entry.is_dir() and not entry.name.startswith("."):
                 return "folder"  # the first tells, out of millions
@@ -151,31 +137,6 @@ def _kind_of_files_in(folder: Path) -> str:
     return kind
 
 
-def _kind_of_file(path: Path) -> str:
-    if path.suffix.lower() in (".txt", ".lst"):
-        return "list"
-    if path.suffix.lower() == ".parquet":
-        return "parquet"
-    # TarSource says that a packed one must be unpacked
-    if re.search(r"\.(tar(\.\w+)?|tgz)$", path.name.lower()):
-        return "tar"
-    raise UserError(
-        f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"
-    )
-
-
 def coco_splits(root: Path) -> list[str]:
     """The image folders of COCO in ``root``: train2017 and so on."""
     return sorted(name for name in os.listdir(root) if COCO_SPLIT.fullmatch(name) and (root / name).is_dir())
-
-
-def _coco_source(root: str, split: str) -> FileSource:
-    """COCO's images of one split, or of several joined with ``+``, without the annotations."""
-    if not Path(root).is_dir():
-        raise UserError(f"data.root: no folder {root}")
-    if not split:  # never all: the run would silently train on the validation images
-        there = ", ".join(coco_splits(Path(root))) or "none like train2017"
-        raise UserError(
-            f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +"
-        )
-    return folder_source(root, split.split("+"))

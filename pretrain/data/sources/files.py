@@ -1,15 +1,12 @@
-"""Whole files and what finds them: images in a folder, nested (as ImageNet's) or flat, or in a list; files
-with many images each."""
+"""Whole files and what finds them: images in a folder, nested or flat, or in a list; files of many images."""
 
 import glob
 import os
 import re
 import stat
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import product
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -48,8 +45,7 @@ def read_file(path: bytes) -> bytes:
 
 
 class Names:
-    """Millions of byte strings in two arrays. Forked workers share them; they would copy a list of strings page
-    by page."""
+    """Millions of byte strings in two arrays, which forked workers share (they copy a list of them)."""
 
     def __init__(self, names: Iterable[bytes]) -> None:
         names = list(names)
@@ -89,8 +85,7 @@ class FileSource:
 
 
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
-    """All images under a folder, or under some of its sub-folders, sorted by path: the same order on every
-    machine.
+    """All images under a folder, or under some of its sub-folders, sorted by path.
 
     Suffixes tell images. Links to folders are followed, and each real folder is listed once. Hidden files and
     folders are left out.
@@ -106,9 +101,8 @@ def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
         within, key = os.path.join(root, subfolder), "data.split" if subfolder else "data.root"
         if not os.path.isdir(within):
             raise UserError(f"{key}: no folder {within}")
-        images = _list_images(
-            os.fsencode(root), os.fsencode(os.path.normpath(subfolder)) if subfolder else b""
-        )
+        start = os.path.normpath(subfolder) if subfolder else ""
+        images = _list_images(os.fsencode(root), os.fsencode(start))
         if not images:
             raise UserError(f"{key}: no image ({', '.join(SUFFIXES)}) in {within}")
         found += images
@@ -120,18 +114,17 @@ def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
     found, waiting, seen = [], [subfolder], set()
     while waiting:
         relative = waiting.pop()
+        folder = os.path.join(root, relative)
         try:
-            status = os.stat(os.path.join(root, relative))
+            status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(os.path.join(root, relative)) as listed:
+            with os.scandir(folder) as listed:
                 # popped, the first by name comes first
                 entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            raise UserError(
-                f"data.root: cannot list {shown(os.path.join(root, relative))}: {error.strerror}"
-            ) from error
+            raise UserError(f"data.root: cannot list {shown(folder)}: {error.strerror}") from error
         for entry in entries:
             path = os.path.join(relative, entry.name)
             # a link is not looked up: slow by the million
@@ -184,9 +177,7 @@ def whole_files(root: str, split: str, suffix: str) -> list[Path]:
     within = folder / split if split and (folder / split).is_dir() else folder
     begins = split if within == folder else ""
     named = re.compile(rf"{re.escape(begins)}(?![A-Za-z0-9_])" if begins else r"(?!\.)")
-    files = sorted(
-        path for path in within.iterdir() if path.suffix.lower() == suffix and named.match(path.name)
-    )
+    files = sorted(at for at in within.iterdir() if at.suffix.lower() == suffix and named.match(at.name))
     if not files:
         after = " (* begins with no letter, digit or _)" if begins else ""
         raise UserError(f"data.{'split' if split else 'root'}: no {begins}*{suffix} in {within}{after}")
@@ -201,11 +192,8 @@ def _by_pattern(root: str) -> list[Path] | None:
         return None
     files: list[Path] = []
     for name in expand_braces(root):
-        if re.search(r"[*?\[]", name):
-            files += [Path(found) for found in sorted(glob.glob(name))]
-        elif Path(name).is_file():
-            files.append(Path(name))
-        else:
+        files += map(Path, found := sorted(glob.glob(name)))
+        if not found and not glob.has_magic(name):
             raise UserError(f"data.root: no file {name}, which {root} names")
     if not files:
         raise UserError(f"data.root: no file is named {root}")
@@ -218,48 +206,35 @@ def is_pattern(root: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with ``{000..146}`` (padded like the first number) and ``{a,b}``, in the order
-    of a shell.
-
-    Braces within braces are not supported.
-    """
-    parts = re.split(r"\{([^{}]*)\}", pattern)  # text and inside of braces in turn
-    choices: list[Sequence[str]] = []
-    for i, part in enumerate(parts):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if i % 2 == 0:
-            choices.append([part])
-        elif numbers:
-            first, last = map(int, numbers.groups())
-            if last < first:
-                raise UserError(f"data.root: {{{part}}} in {pattern} counts down")
-            choices.append([f"{n:0{len(numbers[1])}}" for n in range(first, last + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(names) for names in product(*choices)]
+    """All names of a pattern with ``{000..146}`` (padded like the first) and ``{a,b}``, not nested."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    choices = braces[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        first, last = map(int, numbers.groups())
+        if last < first:
+            raise UserError(f"data.root: {braces[0]} in {pattern} counts down")
+        choices = [f"{n:0{len(numbers[1])}}" for n in range(first, last + 1)]
+    rest = expand_braces(pattern[braces.end() :])
+    return [pattern[: braces.start()] + choice + tail for choice in choices for tail in rest]
 
 
 class Handles(Generic[T]):
     """The open files of a source: the ``size`` used last. Pickles leave them out; a forked process opens its own."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
-        self._process = os.getpid()
+        self.size, self._process = size, os.getpid()
+        self._kept: dict[Hashable, T] = {}  # the last used one last
 
     def get(self, key: Hashable, open_it: Callable[[], T]) -> T:
         """The object under ``key``, opened if necessary; the least recently used one is dropped."""
         if self._process != os.getpid():
-            self._kept, self._process = OrderedDict(), os.getpid()
-        if key not in self._kept:
-            self._kept[key] = open_it()
-        self._kept.move_to_end(key)
-        while len(self._kept) > self.size:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+            self._kept, self._process = {}, os.getpid()
+        opened = self._kept[key] = self._kept.pop(key) if key in self._kept else open_it()
+        if len(self._kept) > self.size:
+            del self._kept[next(iter(self._kept))]
+        return opened
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"size": self.size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["size"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Handles, (self.size,)

@@ -11,8 +11,8 @@ that copy makes it once, with ``save_to_disk``; tar shards are as fast.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,23 @@ from pretrain.files import read_mapping
 
 MAX_OPEN = 16  # parquet files a process
 MAX_GROUPS = 2  # row groups a process
+BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-class Rows:
-    """The rows of a table that is stored in parts, one after the other.
+class Rows(ABC):
+    """The rows of tables that are stored in parts, one after the other.
 
-    Raises:
-        UserError: there is no row; names ``root``.
+    Args:
+        root: for the message that there is no row, a UserError.
+        parts: file, name in messages (``train-00000-of-00002.parquet: row group 3``) and number of rows.
     """
 
-    def __init__(self, root: str, sizes: Sequence[int]) -> None:
-        self.ends = np.cumsum(sizes, dtype=np.int64)  # rows up to and with each part
-        if not sum(sizes):
+    def __init__(self, root: str, parts: Sequence[tuple[Path, str, int]]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum(
+            [n_rows for _, _, n_rows in parts], dtype=np.int64
+        )  # rows up to and with each part
+        if not self.ends[-1:].any():
             raise UserError(f"data.root: no row in {root}")
 
     def __len__(self) -> int:
@@ -49,9 +54,26 @@ class Rows:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return part, index - int(self.ends[part - 1] if part else 0)
 
+    def name(self, index: int) -> str:
+        """File and row, such as ``train/data-00000-of-00002.arrow: row 17``, counted from 0."""
+        part, row = self.place(index)
+        return f"{self.parts[part][1]}row {row}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a row; raises BrokenImage."""
+        part, row = self.place(index)
+        try:
+            return image_bytes(self.images(part)[row], self.parts[part][0].parent)
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenImage(f"cannot be read: {_reason(error)}") from error
+
+    @abstractmethod
+    def images(self, part: int) -> pa.ChunkedArray:
+        """The column of the images in a part."""
+
 
 class ParquetSource(Rows):
-    """The rows of all files, by file name.
+    """The rows of all files, by file name; a part is a row group.
 
     Args:
         root: a .parquet file, a folder of them, or a pattern such as ``train-*.parquet``.
@@ -63,47 +85,38 @@ class ParquetSource(Rows):
     """
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
-        self.files = whole_files(root, split, ".parquet")
-        self.groups: list[tuple[int, int]] = []  # file, row group in it
-        sizes: list[int] = []
-        for k, path in enumerate(self.files):
+        parts: list[tuple[Path, str, int]] = []
+        self.groups: list[int] = []  # row group of each part in its file
+        for path in whole_files(root, split, ".parquet"):
             try:
                 with pq.ParquetFile(path) as file:
                     self.column = column = image_column(file.schema_arrow, column, path)
                     groups = range(file.metadata.num_row_groups)
-                    sizes += [file.metadata.row_group(group).num_rows for group in groups]
+                    sizes = [file.metadata.row_group(group).num_rows for group in groups]
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"data.root: cannot read {path}: {_reason(error)}") from error
-            self.groups += [(k, group) for group in groups]
-        super().__init__(root, sizes)
+            parts += [(path, f"{path.name}: row group {k}, ", size) for k, size in enumerate(sizes)]
+            self.groups += groups
+        super().__init__(root, parts)
         self._open: Handles[Any] = Handles(MAX_OPEN)
         self._read: Handles[Any] = Handles(MAX_GROUPS)
 
-    def name(self, index: int) -> str:
-        """Such as ``train-00000-of-00002.parquet: row group 3, row 17``, counted from 0."""
-        part, row = self.place(index)
-        file, group = self.groups[part]
-        return f"{self.files[file].name}: row group {group}, row {row}"
+    def images(self, part: int) -> pa.ChunkedArray:
+        """The row group, read whole."""
+        path = self.parts[part][0]
 
-    def read(self, index: int) -> bytes:
-        """The encoded image of a row; raises BrokenImage."""
-        part, row = self.place(index)
-        file, group = self.groups[part]
-        try:
-            column = self._read.get((file, group), partial(self._read_group, file, group))
-        except (pa.ArrowException, OSError) as error:
-            raise BrokenImage(f"row group {group} cannot be read: {_reason(error)}") from error
-        return image_bytes(column[row], self.files[file].parent)
+        def read() -> Any:
+            file = self._open.get(path, lambda: pq.ParquetFile(path))
+            return file.read_row_group(self.groups[part], columns=[self.column], use_threads=False)[
+                self.column
+            ]
 
-    def _read_group(self, file: int, group: int) -> Any:
-        """The image column of a row group, as ``pyarrow.ChunkedArray``."""
-        opened = self._open.get(file, partial(pq.ParquetFile, self.files[file]))
-        return opened.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
+        return self._read.get(part, read)
 
 
 class HuggingFaceSource(Rows):
     """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved
-    ``DatasetDict``, in their order.
+    ``DatasetDict``, in their order; a part is a file.
 
     Args:
         root: the folder, with state.json or dataset_dict.json.
@@ -119,30 +132,21 @@ class HuggingFaceSource(Rows):
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
         from datasets import Dataset  # takes most of a second
 
-        self.root = Path(root)
-        self.files = [path for folder in _folders(self.root, split) for path in _data_files(folder)]
+        parts: list[tuple[Path, str, int]] = []
         self.tables: list[Any] = []  # mapped; a pickle holds the paths alone
-        for path in self.files:
+        for path in [path for folder in _folders(Path(root), split) for path in _data_files(folder)]:
             try:
                 table = Dataset.from_file(str(path)).data
             except Exception as error:  # pyarrow's, OSError; for damaged metadata, any
                 raise UserError(f"data.root: cannot read {path}: {_reason(error)}") from error
             self.column = column = image_column(table.schema, column, path)
             self.tables.append(table)
-        super().__init__(root, [table.num_rows for table in self.tables])
+            parts.append((path, f"{path.relative_to(root)}: ", table.num_rows))
+        super().__init__(root, parts)
 
-    def name(self, index: int) -> str:
-        """Such as ``train/data-00000-of-00002.arrow: row 17``, counted from 0."""
-        file, row = self.place(index)
-        return f"{self.files[file].relative_to(self.root)}: row {row}"
-
-    def read(self, index: int) -> bytes:
-        """The encoded image of a row; raises BrokenImage."""
-        file, row = self.place(index)
-        try:
-            return image_bytes(self.tables[file][self.column][row], self.files[file].parent)
-        except (pa.ArrowException, OSError) as error:
-            raise BrokenImage(_reason(error)) from error
+    def images(self, part: int) -> pa.ChunkedArray:
+        """The file's, mapped."""
+        return self.tables[part][self.column]
 
 
 def image_column(schema: pa.Schema, wanted: str, path: Path) -> str:
@@ -152,27 +156,22 @@ def image_column(schema: pa.Schema, wanted: str, path: Path) -> str:
         UserError: there is no such column, no image column, or several; names data.image_column and the file.
     """
 
-    def is_bytes(kind: pa.DataType) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
     def is_image(kind: pa.DataType) -> bool:
-        if not pa.types.is_struct(kind):
-            return is_bytes(kind)
-        at = kind.get_field_index("bytes")
-        return at >= 0 and is_bytes(kind.field(at).type)
+        if pa.types.is_struct(kind):
+            return any(field.name == "bytes" and field.type in BINARY for field in kind)
+        return kind in BINARY
 
     images = [field.name for field in schema if is_image(field.type)]
+    told = ""
     if wanted and wanted not in schema.names:
-        raise UserError(f"data.image_column: {path} has no column {wanted}, only {', '.join(schema.names)}")
-    if wanted and wanted not in images:
+        told = f"{path} has no column {wanted}, only {', '.join(schema.names)}"
+    elif wanted and wanted not in images:
         kind = schema.field(wanted).type
-        raise UserError(
-            f"data.image_column: {wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'"
-        )
-    if not wanted and len(images) != 1:
-        raise UserError(
-            f"data.image_column: which of {path}'s columns? Of images: {', '.join(images) or 'none'}"
-        )
+        told = f"{wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'"
+    elif not wanted and len(images) != 1:
+        told = f"which of {path}'s columns? Of images: {', '.join(images) or 'none'}"
+    if told:
+        raise UserError(f"data.image_column: {told}")
     return wanted or images[0]
 
 
@@ -196,9 +195,8 @@ def _folders(root: Path, split: str) -> list[Path]:
     """The folders of the data sets: ``root``, or those of its splits."""
     if not (root / "dataset_dict.json").is_file():
         if not (root / "state.json").is_file():
-            raise UserError(
-                f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it"
-            )
+            told = "holds neither state.json nor dataset_dict.json, so save_to_disk did not write it"
+            raise UserError(f"data.root: {root} {told}")
         own = read_mapping(root / "state.json", "data.root").get("_split")
         if split and split != own:
             raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
@@ -206,9 +204,8 @@ def _folders(root: Path, split: str) -> list[Path]:
     there = [str(name) for name in read_mapping(root / "dataset_dict.json", "data.root").get("splits", [])]
     wanted = split.split("+") if split else there
     if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
-        raise UserError(
-            f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +"
-        )
+        told = f"{root} has the splits {', '.join(there) or '(none)'}; several are joined with +"
+        raise UserError(f"data.split={split}: {told}")
     return [root / name for name in wanted]
 
 
@@ -222,9 +219,8 @@ def _data_files(folder: Path) -> list[Path]:
         files = [folder / entry["filename"] for entry in state["_data_files"]]
     except (TypeError, KeyError) as error:
         raise UserError(f"data.root: {folder / 'state.json'} does not say _data_files") from error
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"data.root: no file {path}, which {folder / 'state.json'} names")
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(f"data.root: no file {missing[0]}, which {folder / 'state.json'} names")
     return files
 
 

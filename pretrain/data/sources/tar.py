@@ -48,20 +48,15 @@ class TarSource:
         for shard, path in enumerate(self.shards):
             images, others = scan_shard(path)
             left_out += [f"{path.name}: {shown(name)}" for name in others]
-            for name, offset, size in images:
-                names.append(name)
-                rows.append((shard, offset, size))
+            names += [name for name, _, _ in images]
+            rows += [(shard, offset, size) for _, offset, size in images]
         if not rows:
-            kinds = ", ".join(KINDS)
-            raise UserError(
-                f"data.root: no image (a member named KEY.{{{kinds}}}, KEY without a dot) in {root}"
-            )
+            told = f"no image (a member named KEY.{{{', '.join(KINDS)}}}, KEY without a dot)"
+            raise UserError(f"data.root: {told} in {root}")
         if left_out:
+            told = f"{len(left_out)} members are left out, the first is {left_out[0]}"
             why = "a dot before its suffix makes it another kind of content than an image"
-            warnings.warn(
-                f"data.root: {len(left_out)} members are left out, the first is {left_out[0]}: {why}",
-                stacklevel=2,
-            )
+            warnings.warn(f"data.root: {told}: {why}", stacklevel=2)
         self.names = Names(names)
         self.rows = np.array(rows, np.int64)  # [N, 3] shard, offset and size in bytes
         self._open: Handles[io.FileIO] = Handles(MAX_OPEN)

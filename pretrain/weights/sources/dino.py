@@ -12,8 +12,8 @@ There is a norm after the last block, unless the run switched ``post_layernorm``
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from pretrain.weights.common import (
     NEEDED,
     Checkpoint,
     Match,
+    Misfit,
     Source,
     State,
     backbone_of,
@@ -29,7 +30,6 @@ from pretrain.weights.common import (
     inside_of,
     is_fixed,
     is_named,
-    misfit,
     starts_with_zero,
     take,
 )
@@ -71,7 +71,7 @@ class Method:
         unused: starts of names inside the backbone that are dropped.
         needed: tensors that its backbone has, beyond those of any ViT.
         lacking: starts of names that its backbone does not have.
-        renamed: a tensor's name in the backbone -> ours.
+        renamed: {pattern of a tensor's name in the backbone: ours}.
     """
 
     source: str
@@ -81,7 +81,7 @@ class Method:
     unused: tuple[str, ...] = ()
     needed: tuple[str, ...] = NEEDED
     lacking: tuple[str, ...] = ()
-    renamed: Callable[[str], str] = str
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def match(method: Method, file: Container) -> Match:
@@ -96,16 +96,18 @@ def match(method: Method, file: Container) -> Match:
         return Match.MARKED
     if not all(_fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
         return Match.NONE
-    if is_named(file, method.file_name) or (method.source == "ibot" and _is_ibots_backbone(file)):
+    # iBOT's published backbones (of any size) have one key and this name
+    is_ibots = method.source == "ibot" and set(file.tree) == {"state_dict"}
+    if is_named(file, method.file_name) or (is_ibots and is_named(file, "checkpoint_(?:teacher|student)")):
         return Match.NAMED
     if "" in networks:  # it has timm's layout: any method may have left it
         return Match.POSSIBLE if method.needed != NEEDED else Match.NONE
     return Match.POSSIBLE if method.source == "dino" and not marks else Match.NONE
 
 
-def match_flsl(file: Container) -> Match:
+def match_flsl(method: Method, file: Container) -> Match:
     """By its loss; a backbone alone, by a [CLS] token without a fixed position, else by the file's name."""
-    evidence, networks = match(FLSL, file), networks_of(file)
+    evidence, networks = match(method, file), networks_of(file)
     if "" not in networks or evidence == Match.NONE:
         return evidence
     backbone, _ = backbone_of(networks[""])
@@ -116,22 +118,21 @@ def match_flsl(file: Container) -> Match:
 
 def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
     """The teacher's backbone, or the student's if it is asked for. Positions are resampled as in DINO."""
-    source, name, networks = method.source, method.method, dict[str, State]()
     for sources, mark in marks_of(file):
-        if source not in sources:
-            raise misfit(
-                file.path, source, f"{mark} is found in files of {' and '.join(sources)}, not of {name}"
-            )
-    for network, state in networks_of(file).items():
-        inside = inside_of(file, source, state, method.heads, method.unused)
-        networks[network] = {method.renamed(key): value for key, value in inside.items()}
-    return take(file, networks, subnet, source, name, needed=method.needed, lacking=method.lacking)
+        if method.source not in sources:
+            raise Misfit(f"{mark} is found in files of {' and '.join(sources)}, not of {method.method}")
+    networks = {
+        name: inside_of(state, method.heads, method.unused) for name, state in networks_of(file).items()
+    }
+    for pattern, ours in method.renamed.items():
+        networks = {n: {re.sub(pattern, ours, key): v for key, v in s.items()} for n, s in networks.items()}
+    return take(file, networks, subnet, needed=method.needed, lacking=method.lacking)
 
 
 def networks_of(file: Container) -> dict[str, State]:
     """{teacher: ..., student: ...} of a full checkpoint, those that exist; {"": ...} of a flat state dict."""
     found = {name: dict(file.tree[name]) for name in ("teacher", "student") if is_state(file.tree.get(name))}
-    return found or ({"": file.flat} if file.flat else {})
+    return found or file.alone
 
 
 def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
@@ -142,48 +143,34 @@ def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
     return [(sources, mark) for sources, mark in MARKS if any(name.startswith(mark) for name in names)]
 
 
-def _is_ibots_backbone(file: Container) -> bool:
-    """Whether the file has the name of iBOT's published backbones (of any size), and only their one key."""
-    return set(file.tree) == {"state_dict"} and is_named(file, "checkpoint_(?:teacher|student)")
-
-
 def _fits(method: Method, state: Mapping[str, Tensor]) -> bool:
     """Whether a backbone has the tensors of this method, and learned positions on a square grid."""
     needed = (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     if not all(key in state for key in needed) or any(key.startswith(method.lacking) for key in state):
         return False
     positions = state["pos_embed"]
-    if positions.ndim != 3 or starts_with_zero(positions):
-        return False
-    return grid_side(positions.shape[1] - ("cls_token" in state)) > 0
+    is_learned = positions.ndim == 3 and not starts_with_zero(positions)
+    return is_learned and grid_side(positions.shape[1] - ("cls_token" in state)) > 0
 
 
-def _ibot_name(key: str) -> str:
-    """LayerScale is ``gamma_1`` and ``gamma_2`` (``models/vision_transformer.py``); only the student has the
-    mask token [1, D]."""
-    if key == "masked_embed":
-        return "mask_token"
-    return re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
-
-
-def _source(method: Method) -> Source:
-    return Source(method.source, method.method, partial(match, method), partial(convert, method))
-
-
+# LayerScale as in ``models/vision_transformer.py``; only the student has the mask token [1, D]
+IBOTS = {r"^masked_embed$": "mask_token", r"^(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma"}
 MUGS_HEADS = ("instance_head.", "local_group_head.", "group_head.")
 MUGS_NAMES = r"mugs|vit_(?:small|base|large)_backbone_\d+ep"
 PATCH_HEADS, NO_CLS = ("ca_head.", "c_head.", "p_head."), ("cls_token", "norm.", "fc_norm.")
-SOURCES = (
-    _source(Method("dino", "DINO", "dino")),
-    _source(Method("ibot", "iBOT", "ibot", renamed=_ibot_name)),
-    _source(Method("mugs", "Mugs", MUGS_NAMES, heads=MUGS_HEADS, unused=("relation_blocks.",))),
-    _source(Method("cribo", "CrIBo", "cribo")),
-    _source(Method("croc", "CrOC", "croc")),
+METHODS = (
+    Method("selfpatch", "SelfPatch", "selfpatch", heads=PATCH_HEADS, needed=("pos_embed",), lacking=NO_CLS),
+    # ``norm.*`` beside the backbone is that of ``layernorm_on_mode``: it sees means of clusters, never the
+    # backbone's tokens.
+    Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",)),
+    Method("dino", "DINO", "dino"),
+    Method("ibot", "iBOT", "ibot", renamed=IBOTS),
+    Method("mugs", "Mugs", MUGS_NAMES, heads=MUGS_HEADS, unused=("relation_blocks.",)),
+    Method("cribo", "CrIBo", "cribo"),
+    Method("croc", "CrOC", "croc"),
 )
-SELFPATCH = Method(
-    "selfpatch", "SelfPatch", "selfpatch", heads=PATCH_HEADS, needed=("pos_embed",), lacking=NO_CLS
-)
-# ``norm.*`` beside the backbone is that of ``layernorm_on_mode``: it sees means of clusters, never the
-# backbone's tokens.
-FLSL = Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",))
-PATCHWISE = (_source(SELFPATCH), replace(_source(FLSL), match=match_flsl))
+_ALL = [
+    Source(m.source, m.method, partial(match_flsl if m.source == "flsl" else match, m), partial(convert, m))
+    for m in METHODS
+]
+PATCHWISE, SOURCES = _ALL[:2], _ALL[2:]

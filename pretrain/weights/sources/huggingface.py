@@ -9,19 +9,19 @@ size, antialiased with registers (``interpolate_pos_encoding``).
 """
 
 import re
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.weights.adapt import with_imagenet_pixels
 from pretrain.weights.common import (
+    GATED,
     HEAD_DIM,
     Checkpoint,
     Match,
+    Misfit,
     Source,
-    misfit,
+    State,
     only_network,
     plain_vit,
     without,
@@ -33,24 +33,21 @@ PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone 
 HEADS = ("pooler.", "classifier.", "decoder.")  # dropped
 METHODS = {"vit": "ViT", "vit_mae": "MAE", "vit_msn": "MSN", "dinov2": "DINOv2"}
 METHODS["dinov2_with_registers"] = "DINOv2-reg"
-GELUS = {"gelu": "erf", "gelu_python": "erf"} | dict.fromkeys(
-    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "tanh"
-)
+GELUS = dict.fromkeys(("gelu", "gelu_python"), "erf")
+GELUS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "tanh")
 RESCALED = 1 / 255
+PARTS = ("query", "key", "value")
 RENAMED = (
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.mask_token", "mask_token"),
+    (r"embeddings\.(cls_token|mask_token)", r"\1"),
     (r"embeddings\.register_tokens", "reg_token"),
     (r"embeddings\.position_embeddings", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
     (r"layernorm\.(weight|bias)", r"norm.\1"),
     (r"(?:encoder\.layer|layers)\.(\d+)\.(.*)", r"blocks.\1.\2"),
-    (r"(blocks\.\d+)\.(?:layernorm_before|norm1)\.(.*)", r"\1.norm1.\2"),
-    (r"(blocks\.\d+)\.(?:layernorm_after|norm2)\.(.*)", r"\1.norm2.\2"),
+    (r"(blocks\.\d+)\.layernorm_before\.(.*)", r"\1.norm1.\2"),
+    (r"(blocks\.\d+)\.layernorm_after\.(.*)", r"\1.norm2.\2"),
     (r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(.*)", r"\1.attn.\2.\3"),
-    (r"(blocks\.\d+)\.attention\.q_proj\.(.*)", r"\1.attn.query.\2"),
-    (r"(blocks\.\d+)\.attention\.k_proj\.(.*)", r"\1.attn.key.\2"),
-    (r"(blocks\.\d+)\.attention\.v_proj\.(.*)", r"\1.attn.value.\2"),
+    *((rf"(blocks\.\d+)\.attention\.{part[0]}_proj\.(.*)", rf"\1.attn.{part}.\2") for part in PARTS),
     (r"(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\.(.*)", r"\1.attn.proj.\2"),
     (r"(blocks\.\d+)\.intermediate\.dense\.(.*)", r"\1.mlp.fc1.\2"),
     (r"(blocks\.\d+)\.output\.dense\.(.*)", r"\1.mlp.fc2.\2"),
@@ -65,32 +62,27 @@ def match(file: Container) -> Match:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone of the model, without its heads."""
-    only_network(file.path, "huggingface", subnet)
+    only_network(subnet)
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
     if prefix is None:
-        raise misfit(file.path, "huggingface", f"no tensor {MARK}")
+        raise Misfit(f"no tensor {MARK}")
     named = {key.removeprefix(prefix): value for key, value in file.flat.items()}
-    state = {_ours(key): value for key, value in without(named, *HEADS).items()}
+    state, config = {_ours(key): value for key, value in without(named, *HEADS).items()}, file.config
     model_type = _model_type(file, state)
-    _refuse_others(file, state, model_type)
-    for block in [
-        key.removesuffix("attn.query.weight") for key in state if key.endswith("attn.query.weight")
-    ]:
+    _refuse_others(file, state)
+    for block in [key.removesuffix("query.weight") for key in state if key.endswith("attn.query.weight")]:
         _fuse(file, state, block)
     if "mask_token" in state:
         state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT
-    stated = {"depth": file.config["num_hidden_layers"]} if "num_hidden_layers" in file.config else {}
+    stated = {"depth": config["num_hidden_layers"]} if "num_hidden_layers" in config else {}
     checkpoint = plain_vit(
-        file.path,
+        file,
         state,
-        "huggingface",
-        METHODS[model_type],
+        method=METHODS[model_type],
         **stated,
-        num_heads=file.config.get(
-            "num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM
-        ),
-        ln_eps=file.config.get("layer_norm_eps", 1e-6 if model_type.startswith("dinov2") else 1e-12),
-        gelu=GELUS[file.config.get("hidden_act", "gelu")],
+        num_heads=config.get("num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM),
+        ln_eps=config.get("layer_norm_eps", 1e-6 if model_type.startswith("dinov2") else 1e-12),
+        gelu=GELUS[config.get("hidden_act", "gelu")],
         pos_interpolation="bicubic_antialias" if "reg_token" in state else "bicubic",
     )
     return _with_pixels(file, checkpoint)
@@ -102,7 +94,7 @@ def _ours(key: str) -> str:
     return key
 
 
-def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
+def _model_type(file: Container, state: State) -> str:
     """The type that the config tells, else the tensors."""
     told = file.config.get("model_type")
     if told is None:
@@ -113,41 +105,37 @@ def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
     return told
 
 
-def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str) -> None:
+def _refuse_others(file: Container, state: State) -> None:
     """Refuse networks whose difference no tensor's name shows."""
-    config = file.config
+    config, kernel = file.config, state.get("patch_embed.proj.weight")
     if config.get("use_swiglu_ffn") or any(".mlp.weights_in." in key for key in state):
-        raise UserError(
-            f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant: a network that is none of ours"
-        )
+        raise Misfit(GATED)
     activation = config.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in GELUS:
         raise UserError(
             f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}"
         )
-    kernel = state.get("patch_embed.proj.weight")
-    stated, px = (
-        config.get("patch_size"),
-        kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else None,
-    )
-    if "patch_size" in config and px is not None and stated != px:
+    stated = config.get("patch_size")
+    if "patch_size" in config and kernel is not None and kernel.ndim == 4 and stated != kernel.shape[-1]:
+        px = kernel.shape[-1]
         raise UserError(f"weights: {file.path} has patches of {px} px, its config.json says {stated!r}")
 
 
-def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
+def _fuse(file: Container, state: State, attention: str) -> None:
     """Join query, key and value of a block in one projection; missing biases (``qkv_bias: false``) become
     zeros."""
-    names = [f"{block}attn.{part}" for part in ("query", "key", "value")]
-    weights = [state.pop(f"{name}.weight", None) for name in names]
-    biases = [state.pop(f"{name}.bias", None) for name in names]
+    weights, biases = (
+        [state.pop(f"{attention}{part}.{kind}", None) for part in PARTS] for kind in ("weight", "bias")
+    )
     if file.config.get("qkv_bias") is False and biases == [None] * 3 and weights[0] is not None:
         biases = [weights[0].new_zeros(weights[0].shape[0])] * 3
     for kind, parts in (("weight", weights), ("bias", biases)):
-        if absent := [f"{name}.{kind}" for name, part in zip(names, parts) if part is None]:
-            raise misfit(file.path, "huggingface", f"no tensor {absent[0]}")
-        if len({part.shape for part in parts if part is not None}) > 1:
-            raise misfit(file.path, "huggingface", f"{names[0]}.{kind}, key and value are of several shapes")
-        state[f"{block}attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
+        found = [part for part in parts if part is not None]
+        if absent := [name for name, part in zip(PARTS, parts) if part is None]:
+            raise Misfit(f"no tensor {attention}{absent[0]}.{kind}")
+        if len({part.shape for part in found}) > 1:
+            raise Misfit(f"{attention}query.{kind}, key and value are of several shapes")
+        state[f"{attention}qkv.{kind}"] = torch.cat(found)
 
 
 def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:

@@ -12,20 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.weights.common import Checkpoint, Match, Source, misfit, plain_vit, with_origin, without
+from pretrain.weights.common import Checkpoint, Match, Misfit, Source, State, plain_vit, without
 from pretrain.weights.container import Container
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
 # Dropped, since only training uses them: cluster prediction, localization.
-HEADS = (
+HEADS: tuple[str, ...] = (
     "projection_head_for_clustering_prediction.",
     "cross_attention_block.",
     "final_norm.",
-    "position_predictor.",
 )
+HEADS += ("position_predictor.",)
 TOKENS = "ToTokenSequence_0."
 ATTENTION = "MultiHeadDotProductAttention_0."
-NORMS = {"scale": "weight", "bias": "bias"}
+PARTS = ("query", "key", "value")
+# Flax's name: ours, the number of dimensions
+OUTSIDE = {
+    f"{TOKENS}embedding.kernel": ("patch_embed.proj.weight", 4),
+    f"{TOKENS}embedding.bias": ("patch_embed.proj.bias", 1),
+    f"{TOKENS}posembed_input": ("pos_embed", 4),
+    "encoder_norm.scale": ("norm.weight", 1),
+    "encoder_norm.bias": ("norm.bias", 1),
+}
+IN_BLOCK = {
+    **{f"{ATTENTION}{part}.kernel": (f"attn.{part}.weight", 3) for part in PARTS},
+    **{f"{ATTENTION}{part}.bias": (f"attn.{part}.bias", 2) for part in PARTS},
+    f"{ATTENTION}out.kernel": ("attn.proj.weight", 3),
+    f"{ATTENTION}out.bias": ("attn.proj.bias", 1),
+    **{f"LayerNorm_{i}.scale": (f"norm{i + 1}.weight", 1) for i in (0, 1)},
+    **{f"LayerNorm_{i}.bias": (f"norm{i + 1}.bias", 1) for i in (0, 1)},
+    **{f"MlpBlock_0.Dense_{i}.kernel": (f"mlp.fc{i + 1}.weight", 2) for i in (0, 1)},
+    **{f"MlpBlock_0.Dense_{i}.bias": (f"mlp.fc{i + 1}.bias", 1) for i in (0, 1)},
+}
 
 
 def match(file: Container) -> Match:
@@ -39,23 +57,36 @@ def match(file: Container) -> Match:
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The teacher (default) or the student."""
     subnet = subnet or "teacher"
-    tree: Any = next(
-        (file.tree[key] for key in NETWORKS[subnet] if isinstance(file.tree.get(key), Mapping)), None
-    )
-    if tree is None:
-        raise misfit(file.path, "loca", f"no {' or '.join(NETWORKS[subnet])}")
-    params = without(_flat(tree.get("params", tree) if "params" in tree and len(tree) == 1 else tree), *HEADS)
-    state = _Reader(file, params)
-    heads = state.heads()
-    renamed = state.network(heads)
-    renamed.update(state.left)  # an error by name
-    unseen = {"num_heads": heads, "gelu": "tanh", "ln_eps": 1e-6, "pos_interpolation": "bilinear_antialias"}
-    return with_origin(plain_vit(file.path, renamed, "loca", "LOCA", **unseen), file, subnet)
+    trees: Any = [file.tree[key] for key in NETWORKS[subnet] if isinstance(file.tree.get(key), Mapping)]
+    if not trees:
+        raise Misfit(f"no {' or '.join(NETWORKS[subnet])}")
+    tree = trees[0].get("params", trees[0]) if len(trees[0]) == 1 else trees[0]
+    left = without(_flat(tree), *HEADS)
+    state = {ours: _taken(left, flax, n_dims) for flax, (ours, n_dims) in OUTSIDE.items()}
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].permute(3, 2, 0, 1)
+    state["pos_embed"] = state["pos_embed"].flatten(1, 2)
+    n_blocks = len({key.split(".")[0] for key in left if key.startswith("encoderblock_")})
+    heads = left.get(f"encoderblock_0.{ATTENTION}query.kernel", torch.zeros(0))
+    if heads.ndim != 3:
+        raise Misfit(f"no tensor encoderblock_0.{ATTENTION}query.kernel of 3 dimensions")
+    n_heads = heads.shape[1]
+    for i in range(n_blocks):
+        state |= {
+            f"blocks.{i}.{key}": value for key, value in _block(left, f"encoderblock_{i}.", n_heads).items()
+        }
+    state = {key: value.contiguous() for key, value in state.items()} | left  # an error by name
+    unseen: dict[str, Any] = {
+        "num_heads": n_heads,
+        "gelu": "tanh",
+        "ln_eps": 1e-6,
+        "pos_interpolation": "bilinear_antialias",
+    }
+    return plain_vit(file, state, subnet, **unseen)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> State:
     """{a: {b: tensor}} -> {a.b: tensor}."""
-    flat: dict[str, Tensor] = {}
+    flat: State = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
@@ -64,64 +95,25 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-class _Reader:
-    """Takes a Flax network's tensors one by one and checks their dimensions; ``left`` are those not taken
-    yet."""
+def _taken(left: State, key: str, n_dims: int) -> Tensor:
+    """Remove a tensor from those that are left."""
+    if key not in left:
+        raise Misfit(f"no tensor {key}")
+    value = left.pop(key)
+    if value.ndim != n_dims or not value.numel():
+        raise Misfit(f"{key} is {tuple(value.shape)}, not of {n_dims} dimensions")
+    return value
 
-    def __init__(self, file: Container, params: dict[str, Tensor]) -> None:
-        self.path, self.left = file.path, params
 
-    def take(self, key: str, n_dims: int) -> Tensor:
-        if key not in self.left:
-            raise misfit(self.path, "loca", f"no tensor {key}")
-        value = self.left.pop(key)
-        if value.ndim != n_dims or not value.numel():
-            raise misfit(self.path, "loca", f"{key} is {tuple(value.shape)}, not of {n_dims} dimensions")
-        return value
-
-    def heads(self) -> int:
-        key = f"encoderblock_0.{ATTENTION}query.kernel"
-        if key not in self.left or self.left[key].ndim != 3:
-            raise misfit(self.path, "loca", f"no tensor {key} of 3 dimensions")
-        return self.left[key].shape[1]
-
-    def network(self, heads: int) -> dict[str, Tensor]:
-        """All tensors of the encoder under our names."""
-        state = {
-            "patch_embed.proj.weight": self.take(TOKENS + "embedding.kernel", 4).permute(3, 2, 0, 1),
-            "patch_embed.proj.bias": self.take(TOKENS + "embedding.bias", 1),
-            "pos_embed": self.take(TOKENS + "posembed_input", 4).flatten(1, 2),
-        }
-        n_blocks = len({key.split(".")[0] for key in self.left if key.startswith("encoderblock_")})
-        for i in range(n_blocks):
-            state.update(self.block(f"encoderblock_{i}.", f"blocks.{i}.", heads))
-        state.update({f"norm.{ours}": self.take(f"encoder_norm.{flax}", 1) for flax, ours in NORMS.items()})
-        return {key: value.contiguous() for key, value in state.items()}
-
-    def block(self, flax: str, ours: str, heads: int) -> dict[str, Tensor]:
-        """One block."""
-        parts = [f"{flax}{ATTENTION}{part}" for part in ("query", "key", "value")]
-        kernels = [self.take(f"{part}.kernel", 3) for part in parts]  # each [D, heads, d]
-        biases = [self.take(f"{part}.bias", 2) for part in parts]  # each [heads, d]
-        for shapes in ({kernel.shape for kernel in kernels}, {bias.shape for bias in biases}):
-            if len(shapes) > 1 or next(iter(shapes))[-2] != heads:
-                raise misfit(
-                    self.path, "loca", f"{parts[0]}, key and value are not of the same {heads} heads"
-                )
-        state = {
-            "attn.qkv.weight": torch.cat([kernel.flatten(1).T for kernel in kernels]),
-            "attn.qkv.bias": torch.cat([bias.flatten() for bias in biases]),
-            "attn.proj.weight": self.take(f"{flax}{ATTENTION}out.kernel", 3).flatten(0, 1).T,
-            "attn.proj.bias": self.take(f"{flax}{ATTENTION}out.bias", 1),
-        }
-        for i in (0, 1):
-            state |= {
-                f"norm{i + 1}.{name}": self.take(f"{flax}LayerNorm_{i}.{key}", 1)
-                for key, name in NORMS.items()
-            }
-            state[f"mlp.fc{i + 1}.weight"] = self.take(f"{flax}MlpBlock_0.Dense_{i}.kernel", 2).T
-            state[f"mlp.fc{i + 1}.bias"] = self.take(f"{flax}MlpBlock_0.Dense_{i}.bias", 1)
-        return {ours + key: value for key, value in state.items()}
+def _block(left: State, prefix: str, n_heads: int) -> State:
+    state = {ours: _taken(left, prefix + flax, n_dims) for flax, (ours, n_dims) in IN_BLOCK.items()}
+    for kind, join in (("weight", lambda kernel: kernel.flatten(1).T), ("bias", Tensor.flatten)):
+        parts = [state.pop(f"attn.{part}.{kind}") for part in PARTS]  # each [D, heads, d] or [heads, d]
+        if len({part.shape for part in parts}) > 1 or parts[0].shape[-2] != n_heads:
+            raise Misfit(f"{prefix}{ATTENTION}query, key and value are not of the same {n_heads} heads")
+        state[f"attn.qkv.{kind}"] = torch.cat([join(part) for part in parts])
+    state["attn.proj.weight"] = state["attn.proj.weight"].flatten(0, 1)
+    return {key: value.T if value.ndim == 2 and "qkv" not in key else value for key, value in state.items()}
 
 
 SOURCES = (Source("loca", "LOCA", match, convert),)

@@ -12,23 +12,18 @@ of the encoder: ``encoder_pred``, which predicts pixels, and ``pos_embed``, a si
 holds and never adds.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from torch import Tensor
-
 from pretrain.backbones.relative import N_BUCKETS
 from pretrain.weights.common import (
     Checkpoint,
     Match,
+    Misfit,
     Source,
     State,
     is_fixed,
     is_named,
-    misfit,
     plain_vit,
-    strip,
     take,
+    unwrapped,
     without,
 )
 from pretrain.weights.container import Container, is_state
@@ -36,8 +31,8 @@ from pretrain.weights.sources.dino import marks_of
 
 RELATIVE = ".attn.rpe_"  # of any variant of iRPE
 LOMAR_TABLE = ".attn.rpe_k.lookup_table_weight"  # of LoMaR's
-MAE_UNUSED = ("decoder_", "mask_token")
-DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
+UNUSED = ("decoder_", "mask_token")
+DROPPOS_UNUSED = (*UNUSED, "aux_decoder_", "mask_pos_token")
 
 
 def match_mae(file: Container) -> Match:
@@ -63,43 +58,33 @@ def match_droppos(file: Container) -> Match:
 
 def convert_mae(file: Container, subnet: str | None) -> Checkpoint:
     """The encoder."""
-    return _encoder(file, {"": file.flat} if file.flat else {}, subnet, "mae", "MAE", MAE_UNUSED)
+    return _encoder(file, file.alone, subnet, UNUSED)
 
 
 def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
     """The trained encoder, or ``teacher``, its moving average."""
     networks = _droppos_networks(file)
     if any("decoder_pos_embed" in state for state in networks.values()):
-        raise misfit(
-            file.path, "droppos", "its decoder knows positions (decoder_pos_embed), DropPos's does not"
-        )
-    return _encoder(file, networks, subnet, "droppos", "DropPos", DROPPOS_UNUSED)
+        raise Misfit("its decoder knows positions (decoder_pos_embed), DropPos's does not")
+    return _encoder(file, networks, subnet, DROPPOS_UNUSED)
 
 
 def _droppos_networks(file: Container) -> dict[str, State]:
     """The networks of a run without DDP's prefix; a file of one network gives it no name."""
-    found = {"": file.flat} if file.flat else {}
+    found = file.alone
     if found and is_state(file.tree.get("ema_state_dict")):
         found = {"student": file.flat, "teacher": dict(file.tree["ema_state_dict"])}
-    stripped = {name: strip(state, "module.") for name, state in found.items()}
-    return {
-        name: stripped[name] if len(stripped[name]) == len(state) else state for name, state in found.items()
-    }
+    return {name: unwrapped(state) for name, state in found.items()}
 
 
 def _encoder(
-    file: Container,
-    networks: dict[str, State],
-    subnet: str | None,
-    source: str,
-    method: str,
-    unused: tuple[str, ...],
+    file: Container, networks: dict[str, State], subnet: str | None, unused: tuple[str, ...]
 ) -> Checkpoint:
     """The encoder of a network, whose positions have to be the fixed ones."""
     encoders = {name: without(state, *unused) for name, state in networks.items()}
-    checkpoint = take(file, encoders, subnet, source, method, default="student", interpolation="bicubic")
+    checkpoint = take(file, encoders, subnet, default="student", interpolation="bicubic")
     if not is_fixed(checkpoint.state):
-        raise misfit(file.path, source, f"pos_embed is not {method}'s fixed sin-cos table")
+        raise Misfit("pos_embed is not its fixed sin-cos table")
     return checkpoint
 
 
@@ -111,35 +96,28 @@ def match_lomar(file: Container) -> Match:
 def convert_lomar(file: Container, subnet: str | None) -> Checkpoint:
     """The encoder with its mask token."""
     state = file.tensors("model") or {}
-    _refuse_other_variants(file.path, state)
+    _refuse_other_variants(state)
     state = without(state, "encoder_pred.", "pos_embed")
-    if "mask_token" in state:
-        # [1, D]; like ours, it replaces a patch's content
+    if "mask_token" in state:  # [1, D]; like ours, it replaces a patch's content
         state["mask_token"] = state["mask_token"].squeeze(0)
-    return plain_vit(file.path, state, "lomar", "LoMaR", relative_positions=True)
+    return plain_vit(file, state, relative_positions=True)
 
 
-def _refuse_other_variants(path: Path, state: Mapping[str, Tensor]) -> None:
-    tables = {key: table for key, table in state.items() if RELATIVE in key}
-    for key, table in tables.items():
+def _refuse_other_variants(state: State) -> None:
+    tables = {key: tuple(table.shape) for key, table in state.items() if RELATIVE in key}
+    for key, shape in tables.items():
         if not key.endswith(LOMAR_TABLE):
-            raise misfit(
-                path,
-                "lomar",
-                f"{key}: of iRPE's variants only LoMaR's is supported, contextual, product, on keys alone",
+            raise Misfit(
+                f"{key}: of iRPE's variants only LoMaR's is supported, contextual, product, on keys alone"
             )
-        if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != N_BUCKETS:
-            shape = f"(1, head width, {N_BUCKETS}), one table for all heads"
-            raise misfit(
-                path, "lomar", f"{key} is {tuple(table.shape)}; LoMaR's are {shape} of 7 x 7 + 1 buckets"
-            )
+        if len(shape) != 3 or shape[0] != 1 or shape[2] != N_BUCKETS:
+            wanted = f"(1, head width, {N_BUCKETS}), one table for all heads of 7 x 7 + 1 buckets"
+            raise Misfit(f"{key} is {shape}; LoMaR's are {wanted}")
     if not tables:
-        raise misfit(path, "lomar", f"no tensor blocks.N{LOMAR_TABLE}")
+        raise Misfit(f"no tensor blocks.N{LOMAR_TABLE}")
     if "encoder_pred.weight" not in state:
         reason = "iRPE's own DeiT has the same tables, but it scales the query first and adds pos_embed: another network"
-        raise misfit(
-            path, "lomar", f"no tensor encoder_pred.weight, which LoMaR's pre-training leaves; {reason}"
-        )
+        raise Misfit(f"no tensor encoder_pred.weight, which LoMaR's pre-training leaves; {reason}")
 
 
 SOURCES = (

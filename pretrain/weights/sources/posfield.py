@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.files import replacing
 from pretrain.weights.common import Checkpoint, Match, Source, only_network
 from pretrain.weights.container import Container
@@ -56,24 +56,15 @@ def match(file: Container) -> Match:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The tensors as they are."""
-    path, metadata = file.path, file.metadata
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"weights: {path} is no file of posfield's: its metadata names no format {FORMAT}")
-    only_network(path, "posfield", subnet)
+    path, said, read = file.path, file.metadata, f"this posfield reads up to {FORMAT_VERSION}"
+    ours = said.get("format") == FORMAT
+    ensure(ours, f"weights: {path} is no file of posfield's: its metadata names no format {FORMAT}")
+    only_network(subnet)
     try:
-        version = int(metadata["format_version"])
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}"
-            )
-        model_kwargs, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
-        return Checkpoint(
-            path,
-            file.tensors() or {},
-            model_kwargs,
-            metadata["backbone"],
-            {"source": "posfield", **provenance},
-        )
+        version = int(said["format_version"])
+        ensure(version <= FORMAT_VERSION, f"weights: {path} has format version {version}; {read}")
+        model_kwargs, provenance = json.loads(said["flags"]), json.loads(said["provenance"])
+        return Checkpoint(path, file.tensors() or {}, model_kwargs, said["backbone"], {**provenance})
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
 

@@ -21,9 +21,9 @@ from pretrain.weights.adapt import with_imagenet_pixels
 from pretrain.weights.common import (
     Checkpoint,
     Match,
+    Misfit,
     Source,
     grid_side,
-    misfit,
     only_network,
     plain_vit,
     without,
@@ -32,7 +32,6 @@ from pretrain.weights.container import Container
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
-HEADS = ("head.", "fc_norm.", "pre_logits.")  # dropped
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 DEPARTURES = {
     r"norm_pre\.": "a norm before the first block",
@@ -58,50 +57,47 @@ def match(file: Container) -> Match:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone. Positions are resampled as in timm: bicubic by size, antialiased."""
-    only_network(file.path, "timm", subnet)
+    only_network(subnet)
     state, described = dict(file.flat), _described(file)
     architecture, pretrained = str(file.config.get("architecture", "")), file.config.get("pretrained_cfg", {})
     for pattern, what in DEPARTURES.items():
         if any(re.match(pattern, key) for key in state):
-            raise UserError(f"weights: {file.path}, read as timm, has {what}: a network that is none of ours")
+            raise Misfit(f"it has {what}: a network that is none of ours")
     if described and OTHER_NAMES.search(architecture):
         raise UserError(f"weights: {file.path} is timm's {architecture}, a network that is none of ours")
-    state = without(state, *(HEADS if "norm.weight" not in state else (HEADS[0], HEADS[2])))
+    state = without(state, "head.", "pre_logits.", *(["fc_norm."] if "norm.weight" not in state else []))
     arguments = _arguments(file) if described else {}
-    _move_positions(file, state, arguments)
+    _move_positions(state, arguments)
     tag = pretrained.get("tag") if described else None
     method = f"{architecture}.{tag}" if tag else architecture or file.path.stem
-    unseen = {"gelu": GELUS[str(arguments.get("act_layer", "gelu"))]}
-    if "num_heads" in arguments:
-        unseen["num_heads"] = arguments["num_heads"]
-    checkpoint = plain_vit(file.path, state, "timm", method, pos_interpolation="bicubic_antialias", **unseen)
+    unseen = {key: arguments[key] for key in ("num_heads",) if key in arguments}
+    unseen |= {
+        "gelu": GELUS[str(arguments.get("act_layer", "gelu"))],
+        "pos_interpolation": "bicubic_antialias",
+    }
+    checkpoint = plain_vit(file, state, method=method, **unseen)
     if described and "mean" in pretrained and "std" in pretrained:
         return with_imagenet_pixels(checkpoint, pretrained["mean"], pretrained["std"])
     return checkpoint
 
 
 def _described(file: Container) -> bool:
-    return isinstance(file.config.get("architecture"), str) and isinstance(
-        file.config.get("pretrained_cfg"), Mapping
-    )
+    told, pretrained = file.config.get("architecture"), file.config.get("pretrained_cfg")
+    return isinstance(told, str) and isinstance(pretrained, Mapping)
 
 
 def _arguments(file: Container) -> Mapping[str, Any]:
     """The arguments in the description that no tensor shows."""
     arguments = file.config.get("model_args") or {}
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
-        raise UserError(
-            f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}"
-        )
+        raise Misfit(f"model_args in config.json are of no network of ours: {str(arguments)[:100]}")
     sides = arguments.get("img_size", 0)
     if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
-        raise UserError(
-            f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid"
-        )
+        raise Misfit(f"positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
     return arguments
 
 
-def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mapping[str, Any]) -> None:
+def _move_positions(state: dict[str, Tensor], arguments: Mapping[str, Any]) -> None:
     """Keep the positions of the patches and of [CLS], if there is one; add those of registers to the
     registers."""
     positions: Any = state.get("pos_embed")
@@ -112,7 +108,7 @@ def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mappin
     allowed = (0,) if arguments.get("no_embed_class") else (0, n_cls, n_cls + n_registers)
     n_prefix = next((n for n in allowed if grid_side(positions.shape[1] - n)), None)
     if n_prefix is None:
-        raise misfit(file.path, "timm", f"pos_embed has {positions.shape[1]} positions, for no square grid")
+        raise Misfit(f"pos_embed has {positions.shape[1]} positions, for no square grid")
     cls, patches = positions[:, :n_cls], positions[:, n_prefix:]
     if not n_prefix:
         cls = torch.zeros_like(cls)

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pretrain.weights.common import (
     Checkpoint,
     Match,
+    Misfit,
     Source,
     State,
     inside_of,
     is_named,
-    misfit,
+    named,
     strip,
     take,
     without,
@@ -28,10 +29,10 @@ HEADS = ("projection_head.", "prototypes.")
 
 def match_neco(file: Container) -> Match:
     """By a projection head without prototypes; a backbone alone, by the file's name."""
-    names = _names(_networks(file, "model.") or _flat(file))
-    if any(name.startswith("prototypes.") for name in names):
+    networks = _networks(file, "model.") or file.alone
+    if _has(networks, "prototypes."):
         return Match.NONE
-    return _evidence(names, "projection_head.", is_named(file, "neco"))
+    return _evidence(file, networks, "projection_head.", "neco")
 
 
 def match_timet(file: Container) -> Match:
@@ -41,81 +42,64 @@ def match_timet(file: Container) -> Match:
 
 def match_leopart(file: Container) -> Match:
     """By its prototypes; without them, by the file's name."""
-    return _evidence(_names(_networks(file, "model.")), "prototypes.", is_named(file, "leopart"))
+    return _evidence(file, _networks(file, "model."), "prototypes.", "leopart")
 
 
 def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
     """A backbone under DINO's or DINOv2's names."""
-    networks = _networks(file, "model.") or _flat(file)
-    if any(name.startswith("prototypes.") for name in _names(networks)):
-        raise misfit(file.path, "neco", "there are prototypes, which NeCo has not")
+    networks = _networks(file, "model.") or file.alone
+    if _has(networks, "prototypes."):
+        raise Misfit("there are prototypes, which NeCo has not")
     networks = {
         name: {
-            "reg_token" if key == "register_tokens" else key: value
+            key.replace("register_tokens", "reg_token"): value
             for key, value in without(state, *HEADS).items()
         }
         for name, state in networks.items()
     }
-    return _convert(file, networks, subnet, "neco", "NeCo", "" if "" in networks else "model.")
+    return _convert(file, networks, subnet, "" if "" in networks else "model.")
 
 
 def convert_timet(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone of the feature extractor, or of its moving average."""
-    networks = {
-        name: inside_of(file, "timet", state, ("head.",))
-        for name, state in _networks(file, "feature_extractor.").items()
-    }
-    return _convert(
-        file, networks, subnet, "timet", "TimeT", "feature_extractor.", "prototypes", "teacher_prototypes"
-    )
+    found = _networks(file, "feature_extractor.")
+    networks = {name: inside_of(state, ("head.",)) for name, state in found.items()}
+    return _convert(file, networks, subnet, "feature_extractor.", "prototypes", "teacher_prototypes")
 
 
 def convert_leopart(file: Container, subnet: str | None) -> Checkpoint:
     """The tuned backbone, or its moving average."""
     networks = {name: without(state, *HEADS) for name, state in _networks(file, "model.").items()}
-    return _convert(file, networks, subnet, "leopart", "Leopart", "model.")
+    return _convert(file, networks, subnet, "model.")
 
 
 def _networks(file: Container, student: str) -> dict[str, State]:
     """The network behind this prefix and its moving average, if there is one; empty without the first."""
-    if not (state := strip(file.flat, student)):
-        return {}
-    teacher = strip(file.flat, "teacher.")
-    return {"student": state, "teacher": teacher} if teacher else {"student": state}
+    found = {"student": strip(file.flat, student), "teacher": strip(file.flat, "teacher.")}
+    return {name: state for name, state in found.items() if state and found["student"]}
 
 
-def _flat(file: Container) -> dict[str, State]:
-    return {"": file.flat} if file.flat else {}
+def _has(networks: Mapping[str, State], start: str) -> bool:
+    return any(key.startswith(start) for state in networks.values() for key in state)
 
 
-def _names(networks: Mapping[str, State]) -> list[str]:
-    return [key for state in networks.values() for key in state]
-
-
-def _evidence(names: list[str], mark: str, named: bool) -> Match:
-    """Match a network by a tensor whose name starts with ``mark``, else by the file's name (``named``)."""
-    if not any(name.startswith("blocks.") for name in names):
+def _evidence(file: Container, networks: Mapping[str, State], mark: str, name: str) -> Match:
+    """Match a network by a tensor whose name starts with ``mark``, else by the file's name."""
+    if not _has(networks, "blocks."):
         return Match.NONE
-    if any(name.startswith(mark) for name in names):
+    if _has(networks, mark):
         return Match.MARKED
-    return Match.NAMED if named else Match.NONE
+    return Match.NAMED if is_named(file, name) else Match.NONE
 
 
 def _convert(
-    file: Container,
-    networks: dict[str, State],
-    subnet: str | None,
-    source: str,
-    method: str,
-    prefix: str,
-    *beside: str,
+    file: Container, networks: Mapping[str, State], subnet: str | None, prefix: str, *beside: str
 ) -> Checkpoint:
-    """The network ``subnet``. Every tensor of the file has to be behind ``prefix`` or ``teacher.``, or one of
-    ``beside``."""
+    """The network ``subnet``. Every tensor has to be behind ``prefix`` or ``teacher.``, or one of ``beside``."""
     stray = [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]
     if networks and stray:
-        raise misfit(file.path, source, f"left over {', '.join(stray[:8])}")
-    return take(file, networks, subnet, source, method, default="student")
+        raise Misfit(f"left over {named(stray)}")
+    return take(file, networks, subnet, default="student")
 
 
 SOURCES = (

@@ -1,9 +1,8 @@
 """Networks that people may try and that are no plain ViT. They are recognized, so that the error says why."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pretrain.errors import UserError
 from pretrain.weights.common import Checkpoint, Match, Source
@@ -14,8 +13,7 @@ RELATIVE = "a bias of relative positions in every attention"
 WINDOWS = "windowed attention with relative positions"
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A network that we refuse.
 
     Attributes:
@@ -73,31 +71,23 @@ REFUSED = (
 
 
 def match(refusal: Refusal, file: Container) -> Match:
-    """By the names of the tensors."""
-    names = "\n".join(_names(file))
-    found = any(all(_holds(names, pattern) for pattern in patterns) for patterns in refusal.marks)
-    return Match.MARKED if found else Match.NONE
+    """By the names of the tensors; those of a network in a dictionary follow its name."""
+    names = ""
+    for key, value in file.tree.items():
+        start = "" if key in ("model", "state_dict") else f"{key}."
+        names += "".join(f"{start}{name}\n" for name in value) if is_state(value) else f"{key}\n"
+
+    def holds(pattern: str) -> bool:
+        found = re.search(pattern.removeprefix("!"), names, re.MULTILINE)
+        return (found is None) == pattern.startswith("!")
+
+    return Match.MARKED if any(all(map(holds, patterns)) for patterns in refusal.marks) else Match.NONE
 
 
 def convert(refusal: Refusal, file: Container, subnet: str | None) -> Checkpoint:
     """Raises UserError that says what the network has and ours has not."""
-    raise UserError(
-        f"weights: {file.path} is of {refusal.method}, which has {refusal.reason}: a network that is none of ours"
-    )
-
-
-def _names(file: Container) -> Iterator[str]:
-    """The names of all tensors; those of a network in a dictionary follow its name."""
-    for key, value in file.tree.items():
-        if is_state(value):
-            yield from (f"{key}.{name}" if key not in ("model", "state_dict") else name for name in value)
-        else:
-            yield str(key)
-
-
-def _holds(names: str, pattern: str) -> bool:
-    wanted = not pattern.startswith("!")
-    return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
+    has = f"{refusal.method}, which has {refusal.reason}"
+    raise UserError(f"weights: {file.path} is of {has}: a network that is none of ours")
 
 
 SOURCES = tuple(Source(r.name, r.method, partial(match, r), partial(convert, r)) for r in REFUSED)

@@ -1,0 +1,199 @@
+"""The loop of a fine-tuning and its log, for both engines, and what a step is: parts of a batch, gradients of
+all ranks, losses that must be finite."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from det_plugin.run import DetectionRun
+from pretrain import checkpoints, distributed
+from pretrain.errors import Interrupted, UserError
+from pretrain.log import ProgressLine
+from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
+from pretrain.signals import StopSignals
+
+SAVE_PERIOD_S = 900  # the most that a killed process loses
+HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, into the log
+Show = Callable[[float, float], None]  # called with the share that is done, and the seconds left
+
+
+class Engine(Protocol):
+    """What an engine does in the loop.
+
+    Attributes:
+        log_period: iterations between the lines of ``metrics.jsonl``.
+        splits_last: the last evaluation has a line of its own, after that of the last iteration.
+    """
+
+    log_period: int
+    splits_last: bool
+
+    @property
+    def iteration(self) -> int:
+        """How many are done."""
+
+    def step(self) -> tuple[dict[str, float], float]:
+        """One iteration: its losses (means over micro-batches and ranks) and lr; seconds waited for data."""
+
+    def evaluate(self, show: Show | None) -> dict[str, Any]:
+        """COCO's metrics of the network as it is, at least on the main process."""
+
+    def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
+        """Write a checkpoint, with what the log needs to go on. Called on the main process alone."""
+
+
+def fit(
+    engine: Engine,
+    run: DetectionRun,
+    device: torch.device,
+    terms: Mapping[str, float] | None,
+    started: float,
+    end_iter: int,
+) -> dict[str, Any]:
+    """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way.
+
+    Args:
+        terms: the logs of a resumed run's last step; None at the start.
+        started: ``time.time()`` at the run's start, less its interruptions.
+
+    Returns:
+        the last evaluation's metrics.
+
+    Raises:
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        FloatingPointError: a loss is not finite; names the iteration and the losses.
+    """
+    p, first_it, metrics = run.protocol, engine.iteration, dict[str, Any]()
+
+    def is_due() -> bool:
+        return engine.iteration % p.eval_every == 0 or engine.iteration == p.max_iters
+
+    # Interrupted before its evaluation, or at the last one, whose result is due
+    lacks = is_due() and (first_it == p.max_iters or not is_logged(run.output, first_it - 1))
+    is_behind = terms is not None and distributed.gather_objects(lacks)[0]
+    log = Log(engine, run, device, started, first_it - is_behind) if distributed.is_main() else None
+    show = log.evaluated if log else None
+    try:
+        with StopSignals() as signals:  # up to here a signal simply ends the process
+            if is_behind:
+                metrics = engine.evaluate(show)
+                if log and terms:
+                    log.write(first_it - 1, terms, metrics)
+            for it in range(first_it, end_iter):
+                (terms, waited_s), metrics = engine.step(), {}
+                stopping = signals.on_any_rank()
+                if log:
+                    log.step(terms, waited_s)
+                    if it % engine.log_period == 0 and not is_due():
+                        log.write(it, terms, {})
+                    if is_due() or stopping or it + 1 == end_iter or log.is_old:
+                        log.save(terms)
+                if stopping:  # an evaluation that is due can wait for the resumed run
+                    distributed.barrier()  # if another rank ended first, the launcher would end this, too
+                    reason = signals.received or "another rank was signalled"
+                    raise Interrupted(f"{reason}; saved at iteration {engine.iteration}")
+                if is_due():
+                    with log.speed.paused() if log else nullcontext():
+                        metrics = engine.evaluate(show)
+                    if log:
+                        log.write(it, terms, metrics)
+    finally:
+        if log:
+            log.close()
+    return metrics
+
+
+class Log:
+    """What the main process writes, from iteration ``first_line_it`` on."""
+
+    def __init__(
+        self, engine: Engine, run: DetectionRun, device: torch.device, started: float, first_line_it: int
+    ) -> None:
+        self.engine, self.device, self.started = engine, device, started
+        self.max_iters, self.saved_s = run.protocol.max_iters, time.monotonic()
+        checkpoints.clean(run.output)
+        self.speed = Speed(run.protocol.batch_size)
+        self.metrics = MetricsLog(run.output, first_line_it, tensorboard=True)
+        self.line = ProgressLine("detection", self.max_iters, engine.iteration)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the last checkpoint is older than :data:`SAVE_PERIOD_S`."""
+        return time.monotonic() - self.saved_s > SAVE_PERIOD_S
+
+    def step(self, terms: Mapping[str, float], waited_s: float) -> None:
+        """After an iteration: update speed and progress."""
+        self.speed.tick(waited_s)
+        done, speed = self.engine.iteration, self.speed
+        note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
+        note += f"  {peak_memory_gb(self.device):.1f} GB"
+        self.line.update(done, note, speed.eta_s(self.max_iters - done))
+
+    def evaluated(self, share: float, left_s: float) -> None:
+        """During an evaluation: a ``share`` of the images is done."""
+        self.line.update(self.engine.iteration - 1, f"evaluation {share:.0%}", left_s)
+
+    def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
+        """Write an iteration's lines: losses, lr and an evaluation's headline; speed and peak memory."""
+        headline = {key: metrics[key] for key in HEADLINE if key in metrics}
+        if self.engine.splits_last and it + 1 == self.max_iters:
+            self.metrics.write("metrics", it, terms)
+            self.metrics.write("metrics", it + 1, headline)
+        else:
+            self.metrics.write("metrics", it, {**terms, **headline})
+        if self.speed.done:
+            speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
+            self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.device)})
+
+    def save(self, terms: Mapping[str, float]) -> None:
+        """Save a checkpoint, once the lines of earlier iterations are on disk."""
+        self.metrics.flush()
+        with self.speed.paused():
+            self.engine.save(terms, time.time() - self.started)
+        self.saved_s = time.monotonic()
+
+    def close(self) -> None:
+        """Close files and terminal."""
+        self.metrics.close()
+        self.line.close()
+
+
+def micro_batch_size(batch_size: int, accumulate: int) -> int:
+    """Images that one rank computes on at a time.
+
+    Raises:
+        UserError: the batch cannot be shared equally by ranks and parts.
+    """
+    ranks = distributed.world_size()
+    if accumulate < 1 or batch_size % (ranks * accumulate):
+        parts = f"{ranks} processes x accumulate={accumulate}"
+        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {parts}")
+    return batch_size // (ranks * accumulate)
+
+
+def averaging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Around a forward and backward pass: whether the ranks average their gradients after it."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def mean_losses(terms: Sequence[Mapping[str, Tensor]], iteration: int) -> dict[str, float]:
+    """Means of the losses over micro-batches and ranks.
+
+    Args:
+        terms: scalars by name, of each micro-batch.
+
+    Raises:
+        FloatingPointError: one is not finite; names the iteration and the losses.
+    """
+    means = torch.stack([torch.stack([term[name].detach() for term in terms]).mean() for name in terms[0]])
+    values = dict(zip(terms[0], distributed.mean_over_ranks(means).tolist()))
+    if not all(map(math.isfinite, values.values())):
+        named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise FloatingPointError(f"iteration {iteration}: a loss is no number ({named})")
+    return values
