@@ -5,6 +5,7 @@ that names it.
 came of each.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash
 from pretrain.weights import read_checkpoint, save_backbone
 
 MAX_RESIDENT_MB = 400  # above the imported libraries; the largest hostile file has 64 MB
@@ -205,6 +207,43 @@ def test_what_others_allow_stays_allowed(tmp_path, content):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "a.pth")
     assert set(torch.serialization.get_safe_globals()) == before and np.dtype in before
+
+
+def shuffled(path, order):
+    """The file as safetensors' library may have written it: its metadata in another order."""
+    data = path.read_bytes()
+    n_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n_bytes])
+    told = header.pop("__metadata__")
+    text = json.dumps(
+        {"__metadata__": {key: told[key] for key in order}} | header, separators=(",", ":")
+    ).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n_bytes :])
+
+
+def test_file_hash_knows_no_order_of_metadata(tmp_path):
+    file, state = tmp_path / "a.safetensors", {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    keys = ["format", "format_version", "backbone", "flags", "provenance"]
+    written = set()
+    for _ in range(20):
+        save_backbone(file, state, name="ü\n", model_kwargs={"depth": 1}, provenance={"method": "é"})
+        written.add(file.read_bytes())
+    assert len(written) == 1  # files of one state are equal to the byte
+    own, old = file_hash(file), set()
+    assert own == hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    for order in (keys, keys[::-1], keys[2:] + keys[:2]):
+        shuffled(file, order)
+        old.add(as_it_is := hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+        assert file_hash(file) == own != as_it_is
+        assert file_hash(file, as_it_is) == as_it_is and file_hash(file, "another") == own
+        (tmp_path / "result.json").write_text(json.dumps({"weights_hash": as_it_is}))
+        assert file_hash(file) == as_it_is  # of an earlier version: its results still join
+        (tmp_path / "result.json").unlink()
+    assert len(old) == 3
+    save_file(state, file, metadata={"format": "pt"})  # of another library: the bytes, as ever
+    assert file_hash(file) == hashlib.sha256(file.read_bytes()).hexdigest()[:12] != own
+    save_file({**state, "b": torch.zeros(2, 2)}, file, metadata={"z": "1", "a": "2"})
+    assert file_hash(file) not in (own, *old)
 
 
 if __name__ == "__main__":
