@@ -66,7 +66,9 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
             is_plain = item.layout == torch.strided and not item.is_quantized and item.device.type == "cpu"
             ensure(is_plain, f"{place} is no plain tensor ({item.layout}, {item.dtype}, {item.device})")
             n_bytes = item.numel() * item.element_size()
-            is_stored = n_bytes <= item.untyped_storage().nbytes()
+            last = item.storage_offset() + sum((n - 1) * step for n, step in zip(item.shape, item.stride()))
+            ends = (last + 1) * item.element_size() if item.numel() else 0
+            is_stored = max(n_bytes, ends) <= item.untyped_storage().nbytes()
             ensure(is_stored, f"{place} declares {tuple(item.shape)}, more than is stored for it")
             total += n_bytes
             continue
