@@ -112,7 +112,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def sorted_header(file: BinaryIO) -> bytes | None:
-    """The header of an opened safetensors file with its metadata sorted by key; the file stands behind its own.
+    """The header of an opened safetensors file, its metadata sorted by key; the file stands behind its own.
 
     safetensors' library orders the metadata by chance, so that files of one state differ.
 

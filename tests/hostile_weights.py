@@ -46,13 +46,15 @@ class Pickled:
 # Zips
 
 
-def rewritten(data, edit=lambda name, content: content, compression=zipfile.ZIP_STORED, absent=()):
+def rewritten(
+    data, edit=lambda name, content: content, compression=zipfile.ZIP_STORED, absent=(), renamed=("", "")
+):
     """A torch file with its records edited, compressed, or without some."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", compression) as new:
         for name in old.namelist():
             if name not in absent:
-                new.writestr(name, edit(name, old.read(name)))
+                new.writestr(name.replace(*renamed), edit(name, old.read(name)))
     return file.getvalue()
 
 

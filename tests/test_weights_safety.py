@@ -25,8 +25,13 @@ from hostile_weights import (
     flax,
     hexed,
     odd_storages,
+    our_metadata,
     pickles,
+    rewritten,
+    safetensors_bytes,
     state_dict,
+    tensor_at,
+    torch_bytes,
     write_hostile_files,
     zips,
 )
@@ -214,6 +219,55 @@ def test_what_others_allow_stays_allowed(tmp_path, content):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "a.pth")
     assert set(torch.serialization.get_safe_globals()) == before and np.dtype in before
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("has_cls", "yes", "neither true nor false"),
+        ("has_cls", None, "neither true nor false"),
+        ("relative_positions", 1, "neither true nor false"),
+        ("mask_tokens", "a", "neither true nor false"),
+        ("layerscale", "x", "no number"),
+        ("layerscale", float("nan"), "not between"),
+        ("layerscale", 10**400, "not between"),
+        ("drop_path", 10**400, "not between"),
+        ("drop_path", True, "no number"),
+        ("mlp_ratio", True, "no size"),
+        ("gelu", ["erf"], "no name"),
+        ("attention", {}, "no name"),
+    ],
+)
+def test_a_flag_of_a_wrong_type_or_size_is_named(tmp_path, key, value, named):
+    (tmp_path / "a.safetensors").write_bytes(our_metadata(**{key: value}))
+    with pytest.raises(UserError, match=rf"a\.safetensors: {key} of .{{1,60}} .*{named}") as error:
+        read_checkpoint(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "dtype, n_bytes", [("F8_E4M3", 16), ("F8_E5M2", 16), ("F8_E8M0", 16), ("F6_E2M3", 12), ("F4", 8)]
+)
+def test_a_small_float_type_is_named(tmp_path, dtype, n_bytes):
+    header = {"blocks": tensor_at(0, n_bytes, (16,), dtype)}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, bytes(n_bytes)))
+    with pytest.raises(UserError, match=rf"a\.safetensors: blocks is of the type {dtype}, .* save it as F32"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_name_with_line_breaks_stays_in_one_line(tmp_path):
+    overlapping = {"a\nb": tensor_at(0, 16), "c\r\nd": tensor_at(8, 32, (6,))}
+    files = {"a.safetensors": safetensors_bytes(overlapping, bytes(32))}
+    files["record.pth"] = rewritten(torch_bytes({}), renamed=("version", "x\ny.npy"))
+    files["nested.pth"] = torch_bytes({"student": {"e\nf": torch.zeros(1)}, "g\x1b\nh": 1})
+    index = {"weight_map": {"i\nj": "k\nl.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read_checkpoint(tmp_path / name)
+        told = str(error.value)
+        assert told.isprintable() and told.startswith("weights: ") and str(tmp_path) in told
 
 
 def shuffled(path, order):

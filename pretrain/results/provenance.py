@@ -146,7 +146,7 @@ def file_hash(path: str | Path, before: str | None = None) -> str:
 
 
 def hashes_of(path: str | Path) -> tuple[str, str]:
-    """:func:`file_hash` with sorted metadata, and of the bytes as they are, by which earlier versions called it.
+    """:func:`file_hash` with sorted metadata, and of the bytes as they are, as earlier versions took it.
 
     Raises:
         UserError: it cannot be read.

@@ -3,7 +3,8 @@ cheap."""
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ MAX_NAME = 200  # characters of a tensor's name, which errors repeat
 MAX_LABEL = 255  # characters of a method's name, as of a file's, which may be it
 MAX_SIDE = 1 << 20  # of a network's sizes (width, depth, heads, ...)
 UNSTORED = 1 << 24  # parameters that a network may have beyond its file's: mask tokens, a grid of positions
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Escape the line breaks and control characters that a message repeats from a file."""
+    try:
+        yield
+    except UserError as error:
+        if (told := str(error)).isprintable():
+            raise
+        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+        raise UserError("".join(escaped)) from error
 
 
 def check_regular(path: Path) -> int:

@@ -108,8 +108,8 @@ class _Bounded(io.FileIO):
 
 
 def _zip_pickles(path: Path) -> Iterator[tuple[io.BytesIO, dict[str, int]]]:
-    """The pickles of a zip, and {name: bytes} of its records. Each record has to be stored uncompressed, once,
-    in a place of its own."""
+    """The pickles of a zip, and {name: bytes} of its records. Each record has to be stored uncompressed,
+    once, in a place of its own."""
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         is_once = len({record.filename.lower() for record in records}) == len(
@@ -161,8 +161,8 @@ def _legacy_pickles(path: Path) -> Iterator[tuple[io.BufferedReader, None]]:
 
 
 def _check_pickle(path: Path, stream: Any, stored: Mapping[str, int] | None) -> None:
-    """Refuse, by name, what is not data, and a tensor of more bytes than are ``stored`` for it, before anything
-    is built."""
+    """Refuse, by name, what is not data, and a tensor of more bytes than are ``stored`` for it, before
+    anything is built."""
     encodes, codecs, tuples = False, set(), _Tuples()
     other = f"weights: {path} is no checkpoint of plain tensors"
     for opcode, argument, _ in pickletools.genops(stream):
