@@ -71,7 +71,7 @@ class EvalModel:
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
-        asked = self.settings_hash(protocol, settings), file_hash(self.path)
+        asked = self.settings_hash(protocol, settings), file_hash(self.path, before.weights_hash)
         return before if (before.config_hash, before.weights_hash) == asked else None
 
     def write(

@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pretrain.errors import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its library
 
 
 def read_mapping(path: Path, area: str) -> dict[str, Any]:
@@ -107,6 +109,39 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> Path:
     """Readable JSON, keys in their order; returns the path."""
     return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sorted_header(file: BinaryIO) -> bytes | None:
+    """The header of an opened safetensors file, its metadata sorted by key; the file stands behind its own.
+
+    safetensors' library orders the metadata by chance, so that files of one state differ.
+
+    Returns:
+        8 bytes of length and the JSON; None of another file, and of one whose metadata is sorted already.
+    """
+    n_bytes = int.from_bytes(file.read(8), "little")
+    if not 2 <= n_bytes <= MAX_HEADER_BYTES:
+        return None
+    try:
+        header = json.loads(file.read(n_bytes))
+        told = header["__metadata__"]
+        if list(told) == sorted(told):
+            return None
+        header["__metadata__"] = dict(sorted(told.items()))  # it keeps its place, the first
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, data: bytes) -> None:
+    """Write what ``safetensors.torch.save`` gives, so that files of one state are equal to the byte."""
+    source = io.BytesIO(data)
+    header = sorted_header(source)
+    with open(path, "wb") as file:
+        file.write(header or b"")
+        file.write(memoryview(data)[source.tell() if header else 0 :])
 
 
 def csv_text(records: Iterable[Mapping[str, Any]]) -> str:

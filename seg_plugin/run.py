@@ -15,6 +15,7 @@ from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
 from pretrain.data.datasets import MaskRule
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import read_mapping
 from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
@@ -175,6 +176,7 @@ def _is_over(run: SegmentationRun, cfg: Config) -> bool:
     if saved.is_file():
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
         vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
-        weights_hash = file_hash(run.weights) if run.weights else None
+        before = read_mapping(saved, "output").get("weights_hash")
+        weights_hash = file_hash(run.weights, before) if run.weights else None
         changed = changed_since(saved, identity(cfg, vit.model_kwargs, weights_hash, processes()))
     return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False)

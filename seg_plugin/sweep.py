@@ -115,7 +115,7 @@ def conclude(run: SegmentationRun) -> Path | None:
     if not all((point.output / FILE_NAME).is_file() for point in runs):
         return None
     results = [read_result(point.output) for point in runs]
-    weights_hash = file_hash(run.weights) if run.weights else None
+    weights_hash = file_hash(run.weights, results[0].weights_hash) if run.weights else None
     for point, result in zip(runs, results):
         told = ""
         if result.weights_hash != weights_hash:

@@ -46,12 +46,15 @@ class Pickled:
 # Zips
 
 
-def rewritten(data, edit=lambda name, content: content, compression=zipfile.ZIP_STORED):
-    """A torch file with its records edited, or compressed."""
+def rewritten(
+    data, edit=lambda name, content: content, compression=zipfile.ZIP_STORED, absent=(), renamed=("", "")
+):
+    """A torch file with its records edited, compressed, or without some."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", compression) as new:
         for name in old.namelist():
-            new.writestr(name, edit(name, old.read(name)))
+            if name not in absent:
+                new.writestr(name.replace(*renamed), edit(name, old.read(name)))
     return file.getvalue()
 
 
@@ -109,6 +112,34 @@ def zips():
     program = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), program)
     yield "program.pt", program.getvalue(), REFUSED
+
+
+def shorter(name, content):
+    """The records of 192 numbers lose one; torch would map the bytes of the next record."""
+    return content[:-4] if "/data/" in name and len(content) == 192 * 4 else content
+
+
+def odd_storages():
+    """Zips whose structure and records disagree on lengths."""
+    good = torch_bytes(state_dict())
+    yield "short.pth", rewritten(good, shorter), REFUSED
+    doubles = rewritten(good, lambda name, content: content.replace(b"FloatStorage", b"DoubleStorage"))
+    yield "doubles.pth", doubles, REFUSED
+    yield "no_record.pth", rewritten(good, absent=("archive/data/3",)), REFUSED
+    supplement = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(supplement, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        record = new.getinfo("archive/data/0")  # its header says that a supplement of 60,000 bytes follows
+    data = bytearray(supplement.getvalue())
+    data[record.header_offset + 28 : record.header_offset + 30] = struct.pack("<H", 60_000)
+    yield "supplement.pth", bytes(data), REFUSED
+    yield "renamed.pth", structured(good_pickle(good).replace(b"storage", b"STORAGE")), REFUSED
+
+
+def good_pickle(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read("archive/data.pkl")
 
 
 # Pickles
@@ -349,6 +380,15 @@ def flax():
                 }
             }
         ),
+        "negative_chunks": msgpack.packb(
+            {
+                "teacher_weights": {
+                    "__msgpack_chunked_array__": True,
+                    "shape": {"0": -1},
+                    "chunks": {"0": msgpack.ExtType(1, msgpack.packb(((4,), "float32", bytes(16))))},
+                }
+            }
+        ),
         "no_chunks": msgpack.packb({"teacher_weights": {"__msgpack_chunked_array__": True}}),
         "items": key + b"\xdc\x03\xe8" + (b"\xdc\x03\xe8" + b"\x80" * 1000) * 1000,
         "items_of_items": key + b"\xdc\x03\xe8" + (b"\xdc\x03\xe8" + (b"\x9a" + b"\x80" * 10) * 1000) * 1000,
@@ -456,7 +496,7 @@ def damaged():
 def write_hostile_files(folder):
     folder.mkdir()
     outcomes = write_special(folder)
-    for make in (zips, pickles, named_states, ours, headers, flax, others, damaged):
+    for make in (zips, odd_storages, pickles, named_states, ours, headers, flax, others, damaged):
         for name, content, outcome in make():
             assert name not in outcomes, name
             (folder / name).write_bytes(content)

@@ -170,6 +170,15 @@ def edit_config(folder, **changes):
         (dict(layer_norm_eps="small"), "ln_eps of 'small'"),
         (dict(num_attention_heads=5), "5 heads"),
         (dict(patch_size=14), "config.json says 14"),
+        (dict(hidden_size=384), r"hub has tensors of hidden_size 192, its config\.json says 384: take both"),
+        (dict(hidden_size=[192]), r"hidden_size 192, its config\.json says \[192\]"),
+        (dict(num_hidden_layers=3), "num_hidden_layers 2, its config.json says 3"),
+        (dict(num_hidden_layers="2"), "num_hidden_layers 2, its config.json says '2'"),
+        (dict(intermediate_size=10**40), "intermediate_size 768, its config.json says 1000"),
+        (dict(num_channels=1), "num_channels 3, its config.json says 1"),
+        (dict(image_size=224), "image_size 64, its config.json says 224"),
+        (dict(num_register_tokens=4), "num_register_tokens 0, its config.json says 4"),
+        (dict(hidden_act="a\nb"), r"activation 'a\\nb'"),
     ],
 )
 def test_other_networks_are_refused_by_name(tmp_path, changes, named):

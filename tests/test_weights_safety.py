@@ -5,6 +5,7 @@ that names it.
 came of each.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -23,8 +24,14 @@ from hostile_weights import (
     Pickled,
     flax,
     hexed,
+    odd_storages,
+    our_metadata,
     pickles,
+    rewritten,
+    safetensors_bytes,
     state_dict,
+    tensor_at,
+    torch_bytes,
     write_hostile_files,
     zips,
 )
@@ -32,6 +39,7 @@ from safetensors.torch import save_file
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash
 from pretrain.weights import read_checkpoint, save_backbone
 
 MAX_RESIDENT_MB = 400  # above the imported libraries; the largest hostile file has 64 MB
@@ -147,6 +155,12 @@ def test_a_zip_is_mapped_and_not_read(tmp_path):
         (zips, "lying_directory.pth", "more bytes than it has"),
         (zips, "twice.pth", "a record twice"),
         (zips, "program.pt", "TorchScript"),
+        (odd_storages, "short.pth", r"short\.pth: record data/\d+ has 764 bytes, the tensor in it 768; copy"),
+        (odd_storages, "doubles.pth", r"record data/0 has 768 bytes, the tensor in it 1536; copy"),
+        (odd_storages, "no_record.pth", r"record data/3 is missing; copy"),
+        (odd_storages, "supplement.pth", "more bytes than it has"),
+        (odd_storages, "renamed.pth", "names a storage as torch never does"),
+        (flax, "flax_negative_chunks", "chunks of 4 numbers for an array"),
         (pickles, "expanded.pth", r"blocks\.0\.extra declares \(1099511627776,\)"),
         (pickles, "doubled.pth", "a tuple of more than 1000 items"),
         (pickles, "numpy_V.pth", r"no checkpoint of plain tensors \(KeyError\)"),
@@ -205,6 +219,92 @@ def test_what_others_allow_stays_allowed(tmp_path, content):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "a.pth")
     assert set(torch.serialization.get_safe_globals()) == before and np.dtype in before
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("has_cls", "yes", "neither true nor false"),
+        ("has_cls", None, "neither true nor false"),
+        ("relative_positions", 1, "neither true nor false"),
+        ("mask_tokens", "a", "neither true nor false"),
+        ("layerscale", "x", "no number"),
+        ("layerscale", float("nan"), "not between"),
+        ("layerscale", 10**400, "not between"),
+        ("drop_path", 10**400, "not between"),
+        ("drop_path", True, "no number"),
+        ("mlp_ratio", True, "no size"),
+        ("gelu", ["erf"], "no name"),
+        ("attention", {}, "no name"),
+    ],
+)
+def test_a_flag_of_a_wrong_type_or_size_is_named(tmp_path, key, value, named):
+    (tmp_path / "a.safetensors").write_bytes(our_metadata(**{key: value}))
+    with pytest.raises(UserError, match=rf"a\.safetensors: {key} of .{{1,60}} .*{named}") as error:
+        read_checkpoint(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "dtype, n_bytes", [("F8_E4M3", 16), ("F8_E5M2", 16), ("F8_E8M0", 16), ("F6_E2M3", 12), ("F4", 8)]
+)
+def test_a_small_float_type_is_named(tmp_path, dtype, n_bytes):
+    header = {"blocks": tensor_at(0, n_bytes, (16,), dtype)}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, bytes(n_bytes)))
+    with pytest.raises(UserError, match=rf"a\.safetensors: blocks is of the type {dtype}, .* save it as F32"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_name_with_line_breaks_stays_in_one_line(tmp_path):
+    overlapping = {"a\nb": tensor_at(0, 16), "c\r\nd": tensor_at(8, 32, (6,))}
+    files = {"a.safetensors": safetensors_bytes(overlapping, bytes(32))}
+    files["record.pth"] = rewritten(torch_bytes({}), renamed=("version", "x\ny.npy"))
+    files["nested.pth"] = torch_bytes({"student": {"e\nf": torch.zeros(1)}, "g\x1b\nh": 1})
+    index = {"weight_map": {"i\nj": "k\nl.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read_checkpoint(tmp_path / name)
+        told = str(error.value)
+        assert told.isprintable() and told.startswith("weights: ") and str(tmp_path) in told
+
+
+def shuffled(path, order):
+    """The file as safetensors' library may have written it: its metadata in another order."""
+    data = path.read_bytes()
+    n_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n_bytes])
+    told = header.pop("__metadata__")
+    text = json.dumps(
+        {"__metadata__": {key: told[key] for key in order}} | header, separators=(",", ":")
+    ).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n_bytes :])
+
+
+def test_file_hash_knows_no_order_of_metadata(tmp_path):
+    file, state = tmp_path / "a.safetensors", {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    keys = ["format", "format_version", "backbone", "flags", "provenance"]
+    written = set()
+    for _ in range(20):
+        save_backbone(file, state, name="ü\n", model_kwargs={"depth": 1}, provenance={"method": "é"})
+        written.add(file.read_bytes())
+    assert len(written) == 1  # files of one state are equal to the byte
+    own, old = file_hash(file), set()
+    assert own == hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    for order in (keys, keys[::-1], keys[2:] + keys[:2]):
+        shuffled(file, order)
+        old.add(as_it_is := hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+        assert file_hash(file) == own != as_it_is
+        assert file_hash(file, as_it_is) == as_it_is and file_hash(file, "another") == own
+        (tmp_path / "result.json").write_text(json.dumps({"weights_hash": as_it_is}))
+        assert file_hash(file) == as_it_is  # of an earlier version: its results still join
+        (tmp_path / "result.json").unlink()
+    assert len(old) == 3
+    save_file(state, file, metadata={"format": "pt"})  # of another library: the bytes, as ever
+    assert file_hash(file) == hashlib.sha256(file.read_bytes()).hexdigest()[:12] != own
+    save_file({**state, "b": torch.zeros(2, 2)}, file, metadata={"z": "1", "a": "2"})
+    assert file_hash(file) not in (own, *old)
 
 
 if __name__ == "__main__":

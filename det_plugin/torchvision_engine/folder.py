@@ -35,13 +35,15 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
     ``model_kwargs`` are complete, so the network can be built again without the backbone's file.
     """
+    held = Path(run.output) / CONFIG
+    before = read_mapping(held, "output").get("weights_hash") if held.is_file() else None
     config = {
         "engine": ENGINE,
         **run.settings(),
         "accumulate": run.accumulate,
         "model_kwargs": vit.model_kwargs,
         "given_kwargs": dict(run.model_kwargs),  # some are no part of the network: drop_path, attention, ...
-        "weights_hash": file_hash(run.weights) if run.weights else None,
+        "weights_hash": file_hash(run.weights, before) if run.weights else None,
         "data": {
             "train_images": len(train.pictures),
             "category_ids": train.category_ids,

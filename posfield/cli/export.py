@@ -24,7 +24,7 @@ from pretrain.export import FORMATS, export, model_card
 from pretrain.export.card import results_of
 from pretrain.export.converted import build_whole, given, write_whole
 from pretrain.files import write_text
-from pretrain.results.provenance import file_hash
+from pretrain.results.provenance import file_hash, hashes_of
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.weights.container import IN_FOLDER
 
@@ -76,7 +76,7 @@ def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resu
         {name: getattr(options, name) for name in ("source", "subnet", "patch_size")},
     )
     vit, told = build_whole(file, name=options.backbone, **said)
-    same = {file_hash(file)} if "fine_tuned" in told else {file_hash(file), told["weights_hash"]}
+    same = {*hashes_of(file)} if "fine_tuned" in told else {*hashes_of(file), told["weights_hash"]}
     return vit, told, results_of(options.results, same) if options.results else []
 
 

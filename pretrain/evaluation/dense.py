@@ -5,6 +5,7 @@ what is finished is kept, and leaves one ``result.json``.
 for figures.
 """
 
+import contextlib
 import json
 import time
 import zipfile
@@ -26,7 +27,7 @@ from pretrain.evaluation.features import Features
 from pretrain.evaluation.in_context import InContextSettings, in_context
 from pretrain.evaluation.knn import KnnSettings, knn_classification
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
-from pretrain.files import write_json
+from pretrain.files import read_mapping, write_json
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib
 from pretrain.results.schema import FILE_NAME, Protocol, read_result
@@ -234,9 +235,9 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
             the names of these.
         Interrupted: there was a signal; the tasks finished so far are kept.
     """
-    weights = file_hash(job.subject.path)
     # Read before the first hour: an error now where one differs
     files = sorted((folder / TASKS_FOLDER).glob("*.json"))
+    weights = file_hash(job.subject.path, _weights_of(files))
     before = {file.stem: _read(file, _identity(job, file.stem, weights)) for file in files}
     for task in before:
         print(f"{task}: evaluated before{'' if task in job.settings else ', not asked for now'}", flush=True)
@@ -284,6 +285,13 @@ def watched(part: Part, task: str, signals: StopSignals) -> Part:
 def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
     identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), "weights_hash": weights}))
     return identity
+
+
+def _weights_of(files: list[Path]) -> Any:
+    """What the first of the finished tasks calls its weights; None where none says it."""
+    with contextlib.suppress(UserError, AttributeError, IndexError):
+        return read_mapping(files[0], "output").get("of", {}).get("weights_hash")
+    return None
 
 
 def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:

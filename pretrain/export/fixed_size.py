@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.errors import UserError, ensure
+from pretrain.files import write_safetensors
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.common import registry_name
 
@@ -178,7 +179,7 @@ def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file. Other libraries look for the ``format`` "pt"."""
     tensors = {key: value.contiguous() for key, value in state.items()}
-    path.write_bytes(save(tensors, {"format": "pt", **metadata}))
+    write_safetensors(path, save(tensors, {"format": "pt", **metadata}))
 
 
 def write_folder(path: Path, state: Mapping[str, Tensor], told: str, **contents: Mapping[str, Any]) -> None:

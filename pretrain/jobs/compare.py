@@ -69,11 +69,11 @@ def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights 
     """Where an entry's weights are; None where its file is missing, and was missing the last time, too."""
     source, note = Path(comparison.weights) / entry.file, output / "weights" / f"{name_of(entry)}.command"
     asked = {key: value for key in ASKED if (value := getattr(entry, key)) is not None}
+    noted = shlex.split(note.read_text()) if note.is_file() else []
     if os.access(source, os.R_OK):  # a file, or a folder of Hugging Face's
-        digest = file_hash(source)
+        digest = file_hash(source, "".join(noted[:1]).removeprefix("weights="))
         is_ours = _metadata(source).get("format") == FORMAT and asked.keys() == {"method"}
-    elif note.is_file():
-        noted = shlex.split(note.read_text())
+    elif noted:
         digest, is_ours = noted[0].removeprefix("weights="), len(noted) == 2
     else:
         return None

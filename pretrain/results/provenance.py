@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.files import read_mapping, sorted_header
 
 # {module: distributions that may provide it} of what can change a number
 _PACKAGES = {
@@ -124,24 +125,64 @@ def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def file_hash(path: str | Path) -> str:
+def file_hash(path: str | Path, before: str | None = None) -> str:
     """12 hex digits of the SHA-256 of a file's bytes; of a folder, of the files that a network is read from.
 
-    Raises UserError when it cannot be read.
+    The order of a safetensors file's metadata, which its library leaves to chance, does not count: they are
+    taken sorted. Earlier versions hashed the bytes as they are, and what they left is still found by that.
+
+    Args:
+        before: what an earlier run called these weights. Where that is the hash of the bytes as they are, or
+            the ``result.json`` beside the file calls it so, this is the answer.
+
+    Raises:
+        UserError: it cannot be read.
     """
-    digest, path = hashlib.sha256(), Path(path)
+    path = Path(path)
+    now, as_it_is = hashes_of(path)
+    if as_it_is == now:  # as of every file of another kind
+        return now
+    return as_it_is if as_it_is in (before, _said_beside(path)) else now
+
+
+def hashes_of(path: str | Path) -> tuple[str, str]:
+    """:func:`file_hash` with sorted metadata, and of the bytes as they are, as earlier versions took it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(path)
+    files = [path]
     try:
-        files = [path]
-        if path.is_dir():
+        if is_folder := path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix in _OF_A_NETWORK and file.is_file())
-            digest.update(json.dumps([file.name for file in files]).encode())
-        for each in files:
-            with open(each, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+        names = json.dumps([file.name for file in files]).encode() if is_folder else b""
+        digest, is_sorted = _digest(names, files, as_it_is=False)
+        return digest, digest if is_sorted else _digest(names, files, as_it_is=True)[0]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()[:12]
+
+
+def _digest(names: bytes, files: list[Path], *, as_it_is: bool) -> tuple[str, bool]:
+    """The hash, and whether the metadata of all files are sorted (or do not count)."""
+    digest, is_sorted = hashlib.sha256(names), True
+    for each in files:
+        with open(each, "rb") as file:
+            if header := None if as_it_is else sorted_header(file):
+                digest.update(header)
+                is_sorted = False
+            else:
+                file.seek(0)
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12], is_sorted
+
+
+def _said_beside(path: Path) -> Any:
+    """The ``weights_hash`` in the ``result.json`` beside a file, if there is one."""
+    with contextlib.suppress(UserError):
+        return read_mapping(path.parent / "result.json", "result").get("weights_hash")
+    return None
 
 
 def peak_memory_mib() -> float:

@@ -17,13 +17,23 @@ from torch import Tensor
 from pretrain.errors import UserError, ensure
 from pretrain.files import read_mapping
 from pretrain.weights import flax_file, torch_file
-from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
+from pretrain.weights.limits import (
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_NAME,
+    check_regular,
+    check_tensors,
+    in_one_line,
+)
 
 WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 IN_FOLDER = (*(name + end for name in _NAMES for end in ("", INDEX)), "backbone.safetensors")
 DESCRIBED = (".safetensors", ".bin", INDEX)  # a config.json beside them is theirs; beside a .pth it is not
+
+# safetensors' names of quantized numbers, and those to take
+SMALL, SAVED_AS = ("F4", "F6_", "F8_"), "F32, F16 or BF16"
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def is_state(content: Any) -> bool:
     return is_full and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
+@in_one_line()
 def open_container(path: str | Path) -> Container:
     """Open ``path`` on the CPU: a file, or a folder as Hugging Face's ``save_pretrained`` leaves it.
 
@@ -129,7 +140,13 @@ def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[
     ensure(is_small, f"{unreadable} (a header of more than {MAX_HEADER_BYTES} bytes)")
     try:
         with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key).get_dtype()
+                small = f"{key[:MAX_NAME]} is of the type {dtype}, which means nothing without scales"
+                ensure(not dtype.startswith(SMALL), f"weights: {path}: {small}; save it as {SAVED_AS}")
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except UserError:
+        raise
     except Exception as error:  # SafetensorError, OSError; for a type that torch does not have, any
         reason = error if isinstance(error, SafetensorError | OSError) else type(error).__name__
         raise UserError(f"{unreadable} ({str(reason)[:200]})") from error

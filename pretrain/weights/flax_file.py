@@ -100,4 +100,7 @@ def _whole(item: Any, depth: int = 0) -> Any:
     shape, chunks = ([item[key][str(i)] for i in range(len(item[key]))] for key in ("shape", "chunks"))
     if not all(isinstance(chunk, Tensor) for chunk in chunks):
         raise ValueError("a chunk that is no array")
+    n_items = sum(chunk.numel() for chunk in chunks)
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) != n_items:
+        raise ValueError(f"chunks of {n_items} numbers for an array {tuple(shape)}")
     return torch.cat(chunks).reshape(shape)

@@ -3,7 +3,8 @@ cheap."""
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ MAX_NAME = 200  # characters of a tensor's name, which errors repeat
 MAX_LABEL = 255  # characters of a method's name, as of a file's, which may be it
 MAX_SIDE = 1 << 20  # of a network's sizes (width, depth, heads, ...)
 UNSTORED = 1 << 24  # parameters that a network may have beyond its file's: mask tokens, a grid of positions
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Escape the line breaks and control characters that a message repeats from a file."""
+    try:
+        yield
+    except UserError as error:
+        if (told := str(error)).isprintable():
+            raise
+        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+        raise UserError("".join(escaped)) from error
 
 
 def check_regular(path: Path) -> int:
@@ -66,7 +79,9 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
             is_plain = item.layout == torch.strided and not item.is_quantized and item.device.type == "cpu"
             ensure(is_plain, f"{place} is no plain tensor ({item.layout}, {item.dtype}, {item.device})")
             n_bytes = item.numel() * item.element_size()
-            is_stored = n_bytes <= item.untyped_storage().nbytes()
+            last = item.storage_offset() + sum((n - 1) * step for n, step in zip(item.shape, item.stride()))
+            ends = (last + 1) * item.element_size() if item.numel() else 0
+            is_stored = max(n_bytes, ends) <= item.untyped_storage().nbytes()
             ensure(is_stored, f"{place} declares {tuple(item.shape)}, more than is stored for it")
             total += n_bytes
             continue

@@ -18,10 +18,16 @@ from pretrain.errors import UserError, ensure
 from pretrain.results.provenance import file_hash
 from pretrain.weights.common import Checkpoint, Match, Misfit, Source
 from pretrain.weights.container import Container, is_state, open_container
-from pretrain.weights.limits import MAX_LABEL, MAX_SIDE, UNSTORED
+from pretrain.weights.limits import MAX_LABEL, MAX_SIDE, UNSTORED, in_one_line
 from pretrain.weights.sources import SOURCES, unsupported
 
 TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # what tables and cards repeat
+# of the flags in a file that are no sizes
+KINDS: dict[str, tuple[Any, str]] = dict.fromkeys(("layerscale", "drop_path"), (int | float, "no number"))
+KINDS |= dict.fromkeys(
+    ("has_cls", "final_norm", "mask_tokens", "relative_positions"), (bool, "neither true nor false")
+)
+KINDS |= dict.fromkeys(("pos_encoding", "pos_interpolation", "attention", "gelu"), (str, "no name"))
 # pre-training and position probes read them; dropped elsewhere
 TRAINING_ONLY = ("mask_token", "pos_mask_token")
 
@@ -51,6 +57,7 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
     return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
 
 
+@in_one_line()
 def converted(file: Container, source: str | None = None, subnet: str | None = None) -> Checkpoint:
     """An opened file under our names, as it is.
 
@@ -206,10 +213,18 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     for key, value in sides.items():
         is_size = type(value) is int and least[key] <= value <= MAX_SIDE
         ensure(is_size, f"{place}: {key} of {value!r:.60} is no size of a network")
+    for key in KINDS.keys() & own.keys():
+        value, (kind, called) = own[key], KINDS[key]
+        is_kind = isinstance(value, kind) and (kind is bool or type(value) is not bool)
+        is_default = value is None and key in ("layerscale", "pos_interpolation")
+        ensure(is_kind or is_default, f"{place}: {key} of {value!r:.60} is {called}")
+    for key, most in {"layerscale": MAX_SIDE, "drop_path": 1}.items():
+        value = own.get(key) or 0
+        ensure(0 <= value <= most, f"{place}: {key} of {value!r:.60} lies not between 0 and {most}")
     width, heads = sides["embed_dim"], sides["num_heads"]
     ratio, eps = own.get("mlp_ratio", 4.0), own.get("ln_eps", 1e-6)
     ensure(width % heads == 0, f"{place}: {width} channels cannot be split over {heads} heads")
-    is_ratio = isinstance(ratio, int | float) and 0 < ratio <= MAX_SIDE
+    is_ratio = isinstance(ratio, int | float) and type(ratio) is not bool and 0 < ratio <= MAX_SIDE
     ensure(is_ratio, f"{place}: mlp_ratio of {ratio!r:.60} is no size of a network")
     ensure(isinstance(eps, float) and 0 < eps < 1, f"{place}: ln_eps of {eps!r:.60} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)

@@ -7,7 +7,7 @@ import pathlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from pretrain.errors import UserError, ensure
-from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, MAX_TUPLE
+from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_NAME, MAX_PICKLE_BYTES, MAX_TUPLE
 
 ZIP = b"PK\x03\x04"
 # the number that torch.save wrote first, until version 1.5
@@ -26,7 +26,9 @@ NOT_WEIGHTS = {
     ".npy": "a NumPy archive; torch's, safetensors' and Flax's files are read",
     "constants.pkl": "a TorchScript program, which is code; a state dict is wanted",
 }
-RECORD_HEADER_BYTES = 30  # at the least
+RECORD_HEADER_BYTES = 30  # at the least: a name and a supplement follow, whose lengths are the last four
+ITEM_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4} | dict.fromkeys(("Half", "BFloat16", "Short"), 2)
+ITEM_BYTES |= dict.fromkeys(("Char", "Byte", "Bool"), 1)
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
 # What a checkpoint of plain tensors is made of. torch's own list for weights_only is longer: a bytearray of
@@ -55,8 +57,8 @@ def read_torch_file(path: Path) -> Any:
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
-        for stream in _zip_pickles(path) if is_zip else _legacy_pickles(path):
-            _check_pickle(path, stream)
+        for stream, stored in _zip_pickles(path) if is_zip else _legacy_pickles(path):
+            _check_pickle(path, stream, stored)
         with _only_ours():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
@@ -105,11 +107,14 @@ class _Bounded(io.FileIO):
         return super().read(-1 if size is None else size) or b""
 
 
-def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
-    """The pickles of a zip. Each record has to be stored uncompressed, once, in a place of its own."""
+def _zip_pickles(path: Path) -> Iterator[tuple[io.BytesIO, dict[str, int]]]:
+    """The pickles of a zip, and {name: bytes} of its records. Each record has to be stored uncompressed,
+    once, in a place of its own."""
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        is_once = len({record.filename for record in records}) == len(records)
+        is_once = len({record.filename.lower() for record in records}) == len(
+            records
+        )  # torch's reader: a is A
         ensure(is_once, f"weights: {path} holds a record twice")
         for suffix, what in NOT_WEIGHTS.items():
             ensure(
@@ -117,33 +122,52 @@ def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
             )
         ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
         for record, end in zip(records, ends):
-            place = f"weights: {path}: record {record.filename}"
+            place = f"weights: {path}: record {_shown(record.filename)}"
             is_stored = (
                 record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
             )
             ensure(is_stored, f"{place} is compressed, as torch never does")
-            is_whole = record.header_offset + RECORD_HEADER_BYTES + record.file_size <= end
+            file.seek(record.header_offset)
+            lengths = file.read(RECORD_HEADER_BYTES)[-4:]
+            begin = (
+                file.tell() + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            )
+            is_whole = begin + record.file_size <= end
             ensure(is_whole, f"{place} declares more bytes than it has")
+        stored = {record.filename: record.file_size for record in records}
         for record in records:
             if record.filename.endswith(".pkl"):
-                said = f"{record.filename} has {record.file_size} bytes, no structure of tensors"
+                folder = record.filename.rpartition("/")[0] + "/data/"  # torch's, of this pickle
+                of_it = {key.removeprefix(folder): n for key, n in stored.items() if key.startswith(folder)}
+                said = f"{_shown(record.filename)} has {record.file_size} bytes, no structure of tensors"
                 ensure(record.file_size <= MAX_PICKLE_BYTES, f"weights: {path}: {said}")
-                yield io.BytesIO(archive.read(record))
+                yield io.BytesIO(archive.read(record)), of_it
 
 
-def _legacy_pickles(path: Path) -> Iterator[io.BufferedReader]:
+def _shown(name: str) -> str:
+    """A record's name, in one line."""
+    return name if name.isprintable() and len(name) <= MAX_NAME else repr(name[:MAX_NAME])
+
+
+def _legacy_pickles(path: Path) -> Iterator[tuple[io.BufferedReader, None]]:
     with open(path, "rb") as file:
         for _ in range(LEGACY_PICKLES):
-            yield file  # each check reads one pickle and leaves the file behind it
+            yield (
+                file,
+                None,
+            )  # torch compares the lengths itself; each check reads one pickle and leaves the file behind it
             said = f"{file.tell()} bytes of structure before its tensors"
             ensure(file.tell() <= MAX_PICKLE_BYTES, f"weights: {path} has {said}")
 
 
-def _check_pickle(path: Path, stream: Any) -> None:
-    """Refuse, by name, what is not data, before anything is built."""
+def _check_pickle(path: Path, stream: Any, stored: Mapping[str, int] | None) -> None:
+    """Refuse, by name, what is not data, and a tensor of more bytes than are ``stored`` for it, before
+    anything is built."""
     encodes, codecs, tuples = False, set(), _Tuples()
     other = f"weights: {path} is no checkpoint of plain tensors"
     for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "BINPERSID" and stored is not None:
+            _check_stored(path, tuples.top, stored)
         largest = tuples.largest_after(opcode, argument)
         ensure(largest <= MAX_TUPLE, f"{other}: a tuple of more than {MAX_TUPLE} items")
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
@@ -156,6 +180,22 @@ def _check_pickle(path: Path, stream: Any) -> None:
     ensure(not (encodes and found), f"weights: {path} encodes bytes as {found}, as no checkpoint does")
 
 
+def _check_stored(path: Path, storage: Any, stored: Mapping[str, int]) -> None:
+    """Compare what a pickle says of a storage with the record that holds it: torch maps as many bytes as the
+    pickle says, those of the next records, too."""
+    match storage:
+        case ("storage", str(kind), str(key), _, int(numel)) if numel >= 0:
+            item = ITEM_BYTES.get(kind.removeprefix("torch ").removesuffix("Storage"))
+        case _:
+            item, key, numel = None, "", 0
+    ensure(item, f"weights: {path} is no checkpoint of plain tensors: it names a storage as torch never does")
+    record = f"weights: {path}: record data/{_shown(key)}"
+    ensure(key in stored, f"{record} is missing; copy or download the file again")
+    wanted = numel * (item or 0)
+    said = f"{record} has {stored.get(key)} bytes, the tensor in it {wanted}"
+    ensure(wanted <= stored[key], f"{said}; copy or download the file again")
+
+
 class _Tuples:
     """Follows a pickle's stack and counts the items of each tuple on it, including those of nested tuples.
 
@@ -163,33 +203,40 @@ class _Tuples:
     steps, because a tuple does not cache its hash.
     """
 
-    MARK = 0
+    MARK: tuple[int, Any] = (0, "a mark")
 
     def __init__(self) -> None:
-        self.stack: list[int] = []
-        self.memo: dict[int, int] = {}
+        self.stack: list[tuple[int, Any]] = []  # (items, the text, number or tuple; None of anything else)
+        self.memo: dict[int, tuple[int, Any]] = {}
+
+    @property
+    def top(self) -> Any:
+        """The text, number or tuple at the top of the stack; None for anything else."""
+        return self.stack[-1][1] if self.stack else None
 
     def largest_after(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
         """Items of the top of the stack after one step; 1 if it is no tuple."""
         stack, name = self.stack, opcode.name
         if name in ("BINPUT", "LONG_BINPUT"):  # torch knows no other ways to remember
-            self.memo[argument] = stack[-1] if stack else 1
+            self.memo[argument] = stack[-1] if stack else (1, None)
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo.get(argument, 1))
+            stack.append(self.memo.get(argument, (1, None)))
         elif name == "MARK":
             stack.append(self.MARK)
         else:
             inside = self._popped(opcode.stack_before)
-            stack += [1 + inside if "TUPLE" in name else 1 for _ in opcode.stack_after]
-        return stack[-1] if stack else 1
+            made: tuple[int, Any] = (1, argument)
+            if "TUPLE" in name:
+                made = (1 + sum(n for n, _ in inside), tuple(value for _, value in inside))
+            stack += [made for _ in opcode.stack_after]
+        return stack[-1][0] if stack else 1
 
-    def _popped(self, taken: list[pickletools.StackObject]) -> int:
-        """Pop what a step takes, down to the mark if it takes one; returns the number of items."""
-        n_items, n_below = 0, len(taken)
+    def _popped(self, taken: list[pickletools.StackObject]) -> list[tuple[int, Any]]:
+        """Pop what a step takes, down to the mark if it takes one; returns it in its order."""
+        popped, n_below = [], len(taken)
         if pickletools.markobject in taken:
-            while self.stack and (n := self.stack.pop()) != self.MARK:
-                n_items += n
+            while self.stack and (item := self.stack.pop()) is not self.MARK:
+                popped.append(item)
             n_below = taken.index(pickletools.markobject)
-        for _ in range(min(n_below, len(self.stack))):
-            n_items += self.stack.pop()
-        return n_items
+        popped += [self.stack.pop() for _ in range(min(n_below, len(self.stack)))]
+        return popped[::-1]

@@ -9,6 +9,8 @@ size, antialiased with registers (``interpolate_pos_encoding``).
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -85,7 +87,27 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         gelu=GELUS[config.get("hidden_act", "gelu")],
         pos_interpolation="bicubic_antialias" if "reg_token" in state else "bicubic",
     )
+    _check_config(file, state, checkpoint.model_kwargs)
     return _with_pixels(file, checkpoint)
+
+
+def _check_config(file: Container, state: State, found: Mapping[str, Any]) -> None:
+    """Refuse a config.json of another network than the tensors'."""
+    config, kernel = file.config, state["patch_embed.proj.weight"]
+    held = {"hidden_size": kernel.shape[0], "num_channels": kernel.shape[1]}
+    held["num_hidden_layers"] = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    held["intermediate_size"] = state["blocks.0.mlp.fc1.weight"].shape[0]
+    if "pos_grid" in found:
+        held["image_size"] = found["pos_grid"] * found["patch_size"]
+    if "num_register_tokens" in config:
+        held["num_register_tokens"] = found["n_registers"]
+    for key, value in held.items():
+        told = config.get(key, value)
+        if key == "image_size" and type(told) is int:  # a last part of a patch has no position
+            told -= told % found["patch_size"]
+        if type(told) is not int or told != value:
+            said = f"its config.json says {config[key]!r:.60}: take both from one model"
+            raise UserError(f"weights: {file.path} has tensors of {key} {value}, {said}")
 
 
 def _ours(key: str) -> str:

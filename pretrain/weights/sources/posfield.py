@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pretrain.errors import UserError, ensure
-from pretrain.files import replacing
+from pretrain.files import replacing, write_safetensors
 from pretrain.weights.common import Checkpoint, Match, Source, only_network
 from pretrain.weights.container import Container
 
@@ -29,7 +29,8 @@ def save_backbone(
     """Write a backbone so that ``build_backbone(name, weights=path)`` and every plug-in can build it again.
 
     Args:
-        path: the file, ``*.safetensors``; it is replaced atomically.
+        path: the file, ``*.safetensors``; it is replaced atomically. The same state
+            gives the same bytes.
         state: a ViT's ``state_dict()``.
         name: its registry name, e.g. ``vit_small_patch16``.
         model_kwargs: ``ViT.model_kwargs``.
@@ -45,7 +46,7 @@ def save_backbone(
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with replacing(path) as partial:  # save_file would make a file that only its owner can read
-        partial.write_bytes(save(tensors, metadata=metadata))
+        write_safetensors(partial, save(tensors, metadata=metadata))
     return path
 
 
