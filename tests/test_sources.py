@@ -293,3 +293,10 @@ def test_handles_keep_the_last_used():
         assert handles.get(key, lambda key=key: log.append(key) or key.upper()) == key.upper()
     assert log == ["a", "b", "c", "b"]
     assert pickle.loads(pickle.dumps(handles)).size == 2
+
+
+def test_what_a_listing_leaves_out_is_counted_and_named(tmp_path, capsys):
+    files(tmp_path, "a/y.TIF", "b/z.tiff", "c.jpg", "a/d.gif", "e.gif", "notes", ".hidden.gif", "f\n.heic")
+    assert names(opened(tmp_path)) == ["a/y.TIF", "b/z.tiff", "c.jpg"]
+    told = "left out, no images by their names: 2 .gif, 1 .heic, 1 no suffix in "
+    assert capsys.readouterr().err == f"{told}{tmp_path}, the first a/d.gif\n"

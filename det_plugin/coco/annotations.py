@@ -30,11 +30,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from det_plugin.coco.layout import locate
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api
 from det_plugin.protocol import DetectionProtocol, n_share
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources.files import read_file
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
@@ -94,9 +96,8 @@ class CocoSplit:
         """
         path = self.folder / picture.file_name
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except UNREADABLE as error:
+            pixels = decode(read_file(os.fsencode(path)))
+        except BrokenImage as error:
             raise UserError(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             found, said = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{picture.width} x {picture.height}"

@@ -14,11 +14,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.decode import BrokenImage, decode, rgb_of, upright
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
@@ -153,7 +153,11 @@ def pixels_of(image: AnyImage) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_picture(Path(image))
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        try:
+            pixels = rgb_of(image)  # first: PIL turns a TIFF as it loads it
+            return np.ascontiguousarray(upright(pixels, image))
+        except BrokenImage as error:
+            raise UserError(f"the image cannot be used ({error})") from error
     is_array = isinstance(image, np.ndarray)
     if not is_array or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
         told = f"{image.dtype} {image.shape}" if is_array else type(image).__name__

@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 # Paths of image and label map of each item; as text, 118,287 pairs take half a second
 Pairs = Sequence[tuple[str, str]]
 MAP_SUFFIXES = (".png",)
-IMAGE_SUFFIXES = (*SUFFIXES, ".tif", ".tiff")
+IMAGE_SUFFIXES = SUFFIXES
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
