@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 
 from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_split
 from det_plugin.coco.masks import Segmentation, as_rle, clip, coco_api
+from pretrain.data.broken import UnreadableImage
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
@@ -121,7 +122,7 @@ class CocoMapper(DatasetMapper):
             elif "annotations" in made:
                 self._transform_annotations(made, transforms, seen.image.shape[:2])
         except BrokenImage as error:
-            raise UserError(f"data: {made['file_name']} cannot be used: {error}") from error
+            raise UnreadableImage(f"data: {made['file_name']} cannot be used: {error}") from error
         except (*UNREADABLE, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"data: {made['file_name']} cannot be used: {reason}") from error

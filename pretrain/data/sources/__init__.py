@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pretrain.data.broken import SHARE
 from pretrain.data.sources.files import FileSource, folder_source, is_image, is_pattern, list_source
 from pretrain.data.sources.tar import TarSource
 from pretrain.errors import UserError
@@ -55,7 +56,7 @@ class DataSettings(Settings):
         200.0, "an image of more megapixels counts as broken (decompression bombs)", ge=1e-6
     )
     broken_share: float = setting(
-        0.1, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
+        SHARE, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
     )
 
 
