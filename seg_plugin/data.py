@@ -7,6 +7,7 @@ the file.
 import os
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
 from mmseg.utils import get_palette
 
+from pretrain.data.broken import UnreadableImage, read_or_other
 from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
 from pretrain.data.datasets.public import ade_home
 from pretrain.data.decode import BrokenImage, decode
@@ -155,7 +157,23 @@ class PosfieldLabels(BaseSegDataset):
         return [{**pair, **common, "seg_fields": []} for pair in files]
 
     def prepare_data(self, index: int) -> Any:
-        """A sample, for which the pipeline also gets the set and the number of what is ignored."""
+        """A sample; in training that of another image, if it is broken, which the sample's ``broken`` then names.
+        Which one depends on (seed, position) alone."""
+        if self.test_mode or not isinstance(index, DrawnIndex):
+            return self._sample(index)
+        seed, position = index.seed, index.position
+
+        def drawn(other: int) -> Any:
+            return self._sample(DrawnIndex(other, seed, position))
+
+        draws = partial(np.random.default_rng, [seed, position])
+        sample, broken = read_or_other(int(index), len(self), drawn, draws)
+        if broken:
+            sample["data_samples"].set_metainfo({"broken": broken})
+        return sample
+
+    def _sample(self, index: int) -> Any:
+        """The pipeline also gets the set and the number of what is ignored."""
         info = self.get_data_info(index)
         return self.pipeline({**info, "label_set": self.labels, "ignore_index": self.ignore_index})
 
@@ -189,7 +207,7 @@ class PosfieldLoadImage(LoadImageFromFile):
         try:
             pixels = decode(read_file(os.fsencode(results["img_path"])))[..., ::-1]
         except BrokenImage as error:
-            raise UserError(f"data: {results['img_path']} is no readable image ({error})") from error
+            raise UnreadableImage(f"data: {results['img_path']} is no readable image ({error})") from error
         results["img"] = np.ascontiguousarray(pixels, np.float32 if self.to_float32 else np.uint8)
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
         return results

@@ -49,8 +49,8 @@ def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
             found.append((root, root.name if len(given) == 1 else root.as_posix()))
         else:
             raise UserError(f"--images: no file or folder {root}")
-    own = output.resolve()
-    found = [(path, name) for path, name in dict(found).items() if own not in path.resolve().parents]
+    own = Path(os.path.realpath(output))  # Path.resolve fails where links point at each other
+    found = [(at, name) for at, name in dict(found).items() if own not in Path(os.path.realpath(at)).parents]
     if not found:
         raise UserError(f"--images: no images in {', '.join(map(str, given))}")
     return found

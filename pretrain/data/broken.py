@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pretrain.data.decode import FORMATS
 from pretrain.errors import UserError
 from pretrain.log import log
 
@@ -46,17 +47,19 @@ def read_or_other(
 
 
 def may_be_cut_off(file: Path) -> bool:
-    """Whether a file is a JPEG or PNG without its end, empty, or missing: a cheap look before decoding it."""
+    """Whether a file is a JPEG or PNG without its end, no image or missing: a cheap look before decoding it."""
     try:
         with open(file, "rb") as opened:
-            head = opened.read(4)
+            head = opened.read(12)
             opened.seek(-min(12, os.fstat(opened.fileno()).st_size), os.SEEK_END)
             tail = opened.read()
     except OSError:
         return True
     if head.startswith(b"\xff\xd8"):
         return not tail.endswith(b"\xff\xd9")
-    return not head or head == b"\x89PNG" and tail[4:8] != b"IEND"
+    if head.startswith(b"\x89PNG"):
+        return tail[4:8] != b"IEND"
+    return not any(magic.match(head) for magic, _ in FORMATS)
 
 
 def check_share(broken: Sequence[str], n: int, share: float = SHARE) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
+from pretrain.data.broken import may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode, rgb_of, upright
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
@@ -91,6 +92,20 @@ def read_picture(file: Path) -> np.ndarray:
         return decode(read_file(os.fsencode(file)))
     except BrokenImage as error:
         raise UserError(f"{file} cannot be read ({error})") from error
+
+
+def cut_off(files: Sequence[Path]) -> list[str]:
+    """Those that cannot be read, with the reason, of the files that a cheap look says may be cut off."""
+
+    def reason(file: Path) -> str:
+        try:
+            if may_be_cut_off(file):
+                decode(read_file(os.fsencode(file)))
+        except BrokenImage as error:
+            return f"{file} cannot be read ({error})"
+        return ""
+
+    return [told for told in in_threads(reason, files) if told]
 
 
 def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:

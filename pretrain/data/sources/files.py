@@ -7,7 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -151,11 +151,19 @@ def _list_images(root: bytes, subfolder: bytes) -> tuple[list[bytes], list[bytes
             # a link is not looked up: slow by the million
             if is_image(entry.name) and not entry.is_dir(follow_symlinks=False):
                 found.append(path)
-            elif entry.is_dir() and not entry.name.startswith(b"."):
+            elif is_folder(entry) and not hidden(entry.name):
                 waiting.append(path)
             elif not hidden(entry.name):
                 others.append(path)
     return found, others
+
+
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Also behind a link; links that point at each other are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_source(path: str) -> FileSource:
