@@ -27,6 +27,7 @@ import logging
 import re
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import (
@@ -141,12 +142,12 @@ def rgb_of(image: Image.Image) -> np.ndarray:
             raise BrokenImage(f"floats from {floats.min():g} to {floats.max():g}; store 0 to 1, or integers")
         return _gray(np.rint(floats * 255))
     if image.mode.startswith("I"):
-        is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+        tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
         if image.mode == "I" and not isinstance(image, PngImagePlugin.PngImageFile):
             raise BrokenImage("signed or 32-bit integers have no known range; store 8 or 16 bits")
-        most = 2 ** image.tag_v2.get(BITS, (16,))[0] - 1 if is_tiff else 65535
+        most = 2 ** tags.get(BITS, (16,))[0] - 1
         values = np.asarray(image).astype(np.uint32)  # [H, W]
-        if is_tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits and less
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits and less
             values = most - values
         return _gray((values * 255 + most // 2) // most)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -225,7 +226,7 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
     return resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
-def upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turned and mirrored by EXIF's orientation (PIL itself turns a TIFF); a damaged EXIF block is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION)
