@@ -4,8 +4,8 @@ A batch is a pure function of (seed, position in the stream): workers, ranks and
 """
 
 import math
-from collections.abc import Generator, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterable
+from functools import lru_cache, partial
 from itertools import chain, tee
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pretrain.data.broken import Skipped, read_or_other
 from pretrain.errors import UserError
 from pretrain.signals import start_worker
 
 Sample = dict[str, Any]
-ORDER, AUGMENT, STEP = 0, 1, 2  # streams of random numbers of one seed
+ORDER, AUGMENT, STEP, SUBSTITUTE = 0, 1, 2, 3  # streams of random numbers of one seed
 
 
 def stream_index(position: int, length: int, seed: int) -> int:
@@ -39,13 +40,30 @@ def positions(iteration: int, batch_size: int, rank: int, world_size: int) -> ra
     return range(start, start + share)
 
 
+def with_substitute(position: int, length: int, seed: int, make: Callable[[int], Sample]) -> Sample:
+    """The sample of the image at a position of the stream; of another one if it is broken, which the sample's
+    ``broken`` then names. Which one depends on (seed, position) alone.
+
+    Args:
+        make: index of an image -> sample.
+    """
+    index = stream_index(position, length, seed)
+    draws = partial(np.random.default_rng, [seed, SUBSTITUTE, position])
+    sample, broken = read_or_other(index, length, make, draws)
+    return {**sample, "broken": broken} if broken else sample
+
+
 def to_tensor(image: np.ndarray) -> Tensor:
     """[H, W, 3] -> [3, H, W]."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def batches(
-    samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device
+    samples: Dataset[Sample],
+    indices: Iterable[list[int]],
+    workers: int,
+    device: torch.device,
+    skipped: Skipped | None = None,
 ) -> Generator[list[Sample], None, None]:
     """Lists of samples in the order of ``indices``.
 
@@ -53,8 +71,11 @@ def batches(
     batch would wait for all its images, and with 64 images a process they would hold gigabytes of shared
     memory and a thousand open files.
 
+    Args:
+        skipped: the account of the images that the samples name under ``broken`` (:func:`with_substitute`).
+
     Raises:
-        UserError: a sample's, also where a worker process meets it.
+        UserError: too many images are skipped; a sample's, also where a worker process meets it.
     """
     ahead, due = tee(indices)
     first = next(ahead, [])
@@ -70,10 +91,14 @@ def batches(
     iterator: Any = iter(loader)
     try:
         for batch in due:
-            yield [next(iterator) for _ in batch]
+            made = [next(iterator) for _ in batch]
+            broken = [name for sample in made for name in sample.pop("broken", ())]
+            if skipped:
+                skipped.record(len(made), broken)
+            yield made
     except UserError as error:  # a worker's traceback precedes its message
         text = str(error).splitlines()[-1]
-        raise UserError(text.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        raise UserError(text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     finally:
         # Now: an exception's traceback would keep them alive, and they ignore the signal that an ending
         # process sends

@@ -1,11 +1,13 @@
 """The data sets: which set and protocol each name stands for, and how MMSegmentation reads them.
 
-Images are read as MMSegmentation reads them, labels by :mod:`pretrain.data.datasets`, as everywhere. An error names
+Images are read by :mod:`pretrain.data.decode`, labels by :mod:`pretrain.data.datasets`, as everywhere. An error names
 the file.
 """
 
+import os
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +19,11 @@ from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
 from mmseg.utils import get_palette
 
+from pretrain.data.broken import UnreadableImage, read_or_other
 from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
 from pretrain.data.datasets.public import ade_home
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.settings import replaced
 from seg_plugin.loop import DrawnIndex
@@ -152,7 +157,23 @@ class PosfieldLabels(BaseSegDataset):
         return [{**pair, **common, "seg_fields": []} for pair in files]
 
     def prepare_data(self, index: int) -> Any:
-        """A sample, for which the pipeline also gets the set and the number of what is ignored."""
+        """A sample; in training that of another image, if it is broken, which the sample's ``broken`` then names.
+        Which one depends on (seed, position) alone."""
+        if self.test_mode or not isinstance(index, DrawnIndex):
+            return self._sample(index)
+        seed, position = index.seed, index.position
+
+        def drawn(other: int) -> Any:
+            return self._sample(DrawnIndex(other, seed, position))
+
+        draws = partial(np.random.default_rng, [seed, position])
+        sample, broken = read_or_other(int(index), len(self), drawn, draws)
+        if broken:
+            sample["data_samples"].set_metainfo({"broken": broken})
+        return sample
+
+    def _sample(self, index: int) -> Any:
+        """The pipeline also gets the set and the number of what is ignored."""
         info = self.get_data_info(index)
         return self.pipeline({**info, "label_set": self.labels, "ignore_index": self.ignore_index})
 
@@ -178,31 +199,18 @@ class SeedFromPosition(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PosfieldLoadImage(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile``, whose error names the file: 8-bit BGR, gray in three equal channels, without
-    transparency, 16 bits as 8, turned by the EXIF orientation. Masks have none, and must be stored turned."""
+    """In place of mmcv's ``LoadImageFromFile``: 8-bit BGR as :mod:`pretrain.data.decode` reads images everywhere,
+    turned by the EXIF orientation. Masks have none, and must be stored turned. An error names the file."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Adds ``img`` [H, W, 3], ``img_shape``, ``ori_shape``."""
         try:
-            check_whole(results["img_path"])
-            return super().transform(results)  # type: ignore[no-any-return]
-        except Exception as error:  # cv2.error, OSError, AssertionError, ...
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data: {results['img_path']} is no readable image ({told})") from error
-
-
-def check_whole(image: str | Path) -> None:
-    """Raise a ValueError if a JPEG has no end. OpenCV 4 fills what is missing with gray and only says so on
-    stderr."""
-    data, at = Path(image).read_bytes(), 2
-    if not data.startswith(b"\xff\xd8"):
-        return  # OpenCV refuses other kinds of files that are cut off
-    # A segment may hold a preview, with its end
-    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
-        # A fill byte | a segment
-        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if data.find(b"\xff\xd9", at) < 0:
-        raise ValueError("JPEG without an end")
+            pixels = decode(read_file(os.fsencode(results["img_path"])))[..., ::-1]
+        except BrokenImage as error:
+            raise UnreadableImage(f"data: {results['img_path']} is no readable image ({error})") from error
+        results["img"] = np.ascontiguousarray(pixels, np.float32 if self.to_float32 else np.uint8)
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results
 
 
 @TRANSFORMS.register_module()

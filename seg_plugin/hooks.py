@@ -23,6 +23,7 @@ from mmseg.registry import METRICS as METRIC_KINDS
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.data.broken import Skipped
 from pretrain.errors import Interrupted, UserError
 from pretrain.files import write_json
 from pretrain.metrics_log import truncate_lines
@@ -73,7 +74,7 @@ class PosfieldRunHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Find out what this run is, and save it."""
-        self.started = time.time()
+        self.started, self.skipped = time.time(), Skipped(Path(runner.work_dir))
         backbone = _model(runner).backbone
         if self.origin and backbone.weights is None and not self.loaded:
             raise UserError(
@@ -126,8 +127,10 @@ class PosfieldRunHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
-        """Log every ``interval`` iterations. All processes stop at the first loss that is not finite."""
-        iteration = batch_idx + 1
+        """Log every ``interval`` iterations, and count the skipped images. All processes stop at the first loss that is
+        not finite."""
+        iteration, samples = batch_idx + 1, (data_batch or {}).get("data_samples", [])
+        self.skipped.record(len(samples), [name for of in samples for name in of.metainfo.get("broken", ())])
         terms = {key: value.detach() for key, value in (outputs or {}).items() if "loss" in key}
         losses = dict(zip(terms, distributed.mean_over_ranks(torch.stack(list(terms.values()))).tolist()))
         if not all(map(math.isfinite, losses.values())):

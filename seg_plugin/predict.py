@@ -18,13 +18,14 @@ from PIL import Image
 from pretrain.data.datasets import MaskRule
 from pretrain.data.datasets.listing import IMAGE_SUFFIXES
 from pretrain.data.images import AnyImage, pixels_of
+from pretrain.data.sources.files import left_out
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.log import log
 from pretrain.results.runs import POINTS
 from pretrain.settings import replaced
 from seg_plugin.config import declared_protocol, with_todays_data
-from seg_plugin.data import PARTS, PosfieldLoadImage, section
+from seg_plugin.data import PARTS, section
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,12 @@ def segment_folder(segmenter: Segmenter, folder: Path) -> Iterator[Segmented]:
     Raises:
         UserError: there are none, or one cannot be read.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [folder / path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise UserError(f"images: no {', '.join(IMAGE_SUFFIXES)} in {folder}")
+    if others := [os.fsencode(path) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]:
+        log(left_out(others, folder))
     for path in paths:
         pixels = read_rgb(path)
         yield Segmented(path, pixels, segmenter.predict(pixels).labels)
@@ -168,10 +172,8 @@ def segment_folder(segmenter: Segmenter, folder: Path) -> Iterator[Segmented]:
 
 def read_rgb(image: AnyImage) -> np.ndarray:
     """[H, W, 3] uint8, the pixels that the model sees; errors are :meth:`Segmenter.predict`'s."""
-    if isinstance(image, str | os.PathLike):
-        read: np.ndarray = PosfieldLoadImage()({"img_path": str(image)})["img"]
-        return read[..., ::-1]
-    pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
+    is_known = isinstance(image, str | os.PathLike | Image.Image)
+    pixels = pixels_of(image) if is_known else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"image: {pixels.dtype} {list(pixels.shape)} is not uint8 [H, W, 3]")
     return pixels

@@ -13,7 +13,9 @@ from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
+from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
+from pretrain.data.images import cut_off
 from pretrain.errors import Interrupted, UserError
 from pretrain.files import read_mapping
 from pretrain.log import say
@@ -142,7 +144,10 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
     # The run would meet a bad validation mask only after hours, and meets a bad training mask in the first epoch.
-    label_sets(cfg)["validation"].check()
+    parts = label_sets(cfg)
+    parts["validation"].check()
+    images = [Path(image) for image, _ in parts["training"].files]
+    check_share(cut_off(images), len(images))
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
@@ -167,7 +172,7 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
         raise
     except UserError as error:  # a data-loading process's error has its traceback; the last line is ours
         told = str(error).strip().splitlines()[-1]
-        raise UserError(told.removeprefix(f"{UserError.__module__}.UserError: ")) from error
+        raise UserError(told.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     return output / FILE_NAME
 
 

@@ -18,12 +18,14 @@ from det_plugin.coco.annotations import Data, read_classes, read_split, read_tru
 from det_plugin.coco.layout import LAYOUTS, locate
 from det_plugin.coco.masks import coco_api, encode_mask
 from det_plugin.coco.metrics import coco_metrics
+from det_plugin.loader import batches
 from det_plugin.protocol import n_share, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import train
 from det_plugin.train import choose_engine, settings_of
 from pretrain.build import build_backbone
+from pretrain.data.broken import Skipped
 from pretrain.errors import UserError
 from pretrain.results import read_result
 from pretrain.weights import save_backbone
@@ -473,9 +475,37 @@ def test_bad_images_are_found_before_the_first_iteration(root, tmp_path, damage,
 def test_a_truncated_image_is_named_when_it_is_met(root):
     shorten(root / "train2017" / "000000000001.png")
     split = read(root)
-    split.check_headers()  # the header is whole
-    with pytest.raises(UserError, match="000000000001.png cannot be read as an image"):
-        split.load(split.pictures[0])
+    for check in (split.check_headers, lambda: split.load(split.pictures[0])):  # the header is whole
+        with pytest.raises(UserError, match="000000000001.png cannot be read as an image"):
+            check()
+
+
+def test_training_takes_another_image_in_place_of_a_truncated_one(root, tmp_path, capsys, monkeypatch):
+    """Drawn from (seed, position) alone; named, once, and counted; too many are an error."""
+    whole = TrainSamples(read(root, training=True), RECIPE, seed=3)
+    before = [whole[i] for i in range(24)]
+    shorten(root / "train2017" / "000000000001.png")
+    split = read(root, training=True)
+    n = len(split.pictures)
+    split.check_headers(1 / n)
+    assert f"1 of {n} images cannot be read" in capsys.readouterr().err
+    samples, order = TrainSamples(split, RECIPE, seed=3), [*range(5, 24), *range(5)]
+    after = {i: samples[i] for i in order}  # as after a resumption
+    replaced = [i for i in order if "broken" in after[i]]
+    assert replaced and len(replaced) < 24
+    for i in order:
+        same = torch.equal(after[i]["image"], before[i]["image"])
+        assert same != (i in replaced)
+        assert torch.equal(after[i]["image"], TrainSamples(split, RECIPE, seed=3)[i]["image"])
+    skipped = Skipped(tmp_path)
+    for made in batches(samples, [[i] for i in order], 0, torch.device("cpu"), skipped):
+        assert "broken" not in made[0]
+    lines = (tmp_path / "broken_images.txt").read_text().splitlines()
+    assert len(lines) == 1 and "000000000001.png cannot be read" in lines[0]
+    assert (skipped.account.n_read, skipped.account.n_failed >= len(replaced)) == (24, True)
+    assert capsys.readouterr().err.count("another image takes its place") == 1
+    with pytest.raises(UserError, match="reads failed .*more than a share of 0.1; .*broken_images.txt"):
+        skipped.record(1000, lines * 200)
 
 
 # --- the tool ---------------------------------------------------------------------------------------------

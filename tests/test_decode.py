@@ -12,6 +12,8 @@ from torchvision.transforms.v2.functional import to_image
 
 import pretrain.data.decode as decoding
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import pixels_of
+from pretrain.errors import UserError
 
 
 def picture(width=97, height=61, seed=0):
@@ -161,7 +163,7 @@ def test_the_first_of_several_frames(kind):
 
 
 def test_content_tells_the_format_and_others_are_refused():
-    for kind in ("TIFF", "PPM", "EPS", "ICO", "PCX", "TGA"):
+    for kind in ("PPM", "EPS", "ICO", "PCX", "TGA"):
         with pytest.raises(BrokenImage, match="no JPEG, PNG"):
             decode(encoded(picture(), kind))
     with pytest.raises(BrokenImage, match="no JPEG, PNG"):
@@ -338,3 +340,42 @@ def test_costly_files_are_refused():
     text = zlib.compress(bytes(50_000_000))
     with pytest.raises(BrokenImage, match="too large"):
         decode(png(4, 4, b"\0" * 13 * 4, chunks=[(b"zTXt", b"comment\0\0" + text)]))
+
+
+def as_tiff(values, **tags):
+    """A TIFF of an array [H, W], as PIL writes it."""
+    return encoded(Image.fromarray(values), "TIFF", tiffinfo={int(key[1:]): tags[key] for key in tags})
+
+
+def test_tiff_pixels_are_those_of_the_same_png(capfd):
+    for image in (picture(), picture().convert("L"), picture().quantize(16), picture().convert("RGBA")):
+        for options in ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}):
+            data = encoded(image, "TIFF", **options)
+            assert np.array_equal(decode(data), decode(encoded(image, "PNG"))), (image.mode, options)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[decoding.ORIENTATION] = orientation
+        turned = decode(encoded(picture(), "TIFF", tiffinfo={decoding.ORIENTATION: orientation}))
+        assert np.array_equal(turned, decode(encoded(picture(), "PNG", exif=exif))), orientation
+    with pytest.raises(BrokenImage):
+        decode(encoded(picture(), "TIFF", compression="tiff_lzw")[:-900])
+    assert capfd.readouterr() == ("", "")  # libtiff is silent
+
+
+def test_more_than_eight_bits_by_one_rule(tmp_path):
+    """16 bits are divided by 257, rounded, floats in [0, 1] multiplied by 255, in a file and in a PIL image."""
+    values = np.array([[0, 128, 129, 257], [385, 386, 65406, 65535]], np.uint16)
+    expected = np.array([[0, 0, 1, 1], [1, 2, 254, 255]], np.uint8)
+    floats = expected.astype(np.float32) / 255
+    inverse = as_tiff(65535 - values, t262=0)
+    for data in (as_tiff(values), encoded(Image.fromarray(values), "PNG"), as_tiff(floats), inverse):
+        assert np.array_equal(decode(data), np.repeat(expected[..., None], 3, 2))
+        assert np.array_equal(pixels_of(Image.open(io.BytesIO(data))), decode(data))
+        (tmp_path / "a.tif").write_bytes(data)
+        assert np.array_equal(pixels_of(tmp_path / "a.tif"), decode(data))
+    unknown = (floats * 255, floats - 1, floats * np.nan, values.astype(np.int32))
+    for bad in unknown:
+        with pytest.raises(BrokenImage, match="store 0 to 1|store 8 or 16"):
+            decode(as_tiff(bad))
+        with pytest.raises(UserError, match="store 0 to 1|store 8 or 16"):
+            pixels_of(Image.fromarray(bad))

@@ -493,9 +493,15 @@ def test_the_mapper_names_an_image_that_cannot_be_used(tmp_path, toy, workers):
         num_workers=workers,
         seed=0,
     )
-    with pytest.raises(UserError) as caught:
-        list(itertools.islice(iter(loader), 5))  # one epoch
-    assert str(caught.value).startswith(f"data: {path} cannot be used: ") and "\n" not in str(caught.value)
+    epochs = [[batch[0]["image"] for batch in itertools.islice(iter(loader), 5)] for _ in range(2)]
+    assert all(map(torch.equal, *epochs))  # another image takes its place, drawn by (seed, position)
+    (told,) = loader.skipped.account.files
+    assert told.startswith(f"data: {path} cannot be used: ") and "\n" not in told
+    for other in path.parent.iterdir():
+        other.write_bytes(b"")
+    with pytest.raises(UserError, match=r"^data: 16 images in a row cannot be read, the first: [^\n]*$"):
+        next(iter(loader))
+    dicts = coco_dicts(write_coco(tmp_path / "whole"), "train", 3, filter_empty=True)
     mapper = instantiate(toy.dataloader.test.mapper)
     with pytest.raises(UserError, match="Mismatched image shape .*expect"):
         mapper({**dicts[1], "width": 7})

@@ -21,10 +21,11 @@ from det_plugin.coco.annotations import read_split
 from det_plugin.coco.masks import coco_api
 from det_plugin.figures import Shown, color_of, draw_objects
 from det_plugin.predict import load_detector
-from det_plugin.run import DetectionRun, write_json
+from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
+from pretrain.files import write_json
 
 FLAGS = dict(depth=2, drop_path=0.0)
 needs_detectron2 = pytest.mark.skipif(
@@ -135,7 +136,7 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
         f"objects in 5 images, 2 skipped: {output / 'predictions.json'}"
     )
     assert "cut.jpg cannot be read" in said.err and "empty.png cannot be read (empty file)" in said.err
-    assert "notes.txt" not in said.err
+    assert "left out, no images by their names: 1 .txt in" in said.err and "the first notes.txt" in said.err
     coco = coco_api().COCO(str(output / "predictions.json"))
     names = {image["file_name"]: (image["width"], image["height"]) for image in coco.dataset["images"]}
     assert names == {

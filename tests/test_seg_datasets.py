@@ -25,7 +25,6 @@ from seg_plugin.data import (
     DATASETS,
     CheckLabels,
     PosfieldLoadImage,
-    check_whole,
     dataset_of,
     recipe_for,
     section,
@@ -256,12 +255,9 @@ def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
     loaded = PosfieldLoadImage()({"img_path": str(path)})["img"]
     assert loaded.shape == (40, 56, 3)
     path.write_bytes(whole[: len(whole) - 60])
-    with pytest.raises(UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"):
+    with pytest.raises(UserError, match=r"validation/0000.jpg is no readable image \(.*\)$"):
         PosfieldLoadImage()({"img_path": str(path)})
     for content in (b"", b"\xff\xd8", b"\x89PNG"):
         path.write_bytes(content)
-        if content == b"\xff\xd8":
-            with pytest.raises(ValueError, match="JPEG without an end"):
-                check_whole(path)
-        else:
-            check_whole(path)  # no JPEG: OpenCV refuses it by itself
+        with pytest.raises(UserError, match="validation/0000.jpg is no readable image"):
+            PosfieldLoadImage()({"img_path": str(path)})

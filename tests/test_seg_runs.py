@@ -13,6 +13,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
+from mmseg.registry import DATASETS
 from seg_fixture import FLAGS, TINY, tiny, tiny_run, write_weights
 
 from pretrain.build import build_backbone
@@ -21,8 +22,9 @@ from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
 from seg_plugin import compat
 from seg_plugin.hooks import PosfieldRunHook
+from seg_plugin.loop import DrawnIndex
 from seg_plugin.predict import newest_checkpoint
-from seg_plugin.run import finetune, train
+from seg_plugin.run import config, finetune, train
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,27 @@ def test_an_unreadable_file_is_named_in_one_line(kind, split, workers, tmp_path)
     path = spoil(root, kind, split)
     with pytest.raises(UserError, match=rf"^[^\n]*{path} (is no readable image|cannot be read) \([^\n]*\)$"):
         train(tiny_run(root, tmp_path / "run", workers=workers))
+
+
+def test_training_takes_another_image_in_place_of_a_truncated_one(tmp_path, capsys):
+    """Drawn from (seed, position) alone; named and counted. Too many, or one of validation, are an error."""
+    root = write_ade(tmp_path / "ade", n_train=10, n_val=1)
+    images = sorted((root / "images" / "training").iterdir())
+    images[3].write_bytes(images[3].read_bytes()[:-40])
+    run = tiny_run(root, tmp_path / "run", protocol=tiny(max_iters=5, val_every=5, batch_size=2))
+    train(run)
+    assert "1 of 10 images cannot be read; training takes others" in capsys.readouterr().err
+    lines = (tmp_path / "run" / "broken_images.txt").read_text().splitlines()
+    assert len(lines) == 1 and f"{images[3]} is no readable image" in lines[0]
+    data = DATASETS.build(config(run).train_dataloader.dataset)
+    drawn = [data[DrawnIndex(3, 0, position)] for position in (*range(8), *range(8))]
+    others = [sample["data_samples"].img_path for sample in drawn]
+    assert others[:8] == others[8:] and len(set(others)) > 2 and str(images[3]) not in others
+    assert all(torch.equal(a["inputs"], b["inputs"]) for a, b in zip(drawn[:8], drawn[8:]))
+    assert "broken" not in data[DrawnIndex(4, 0, 3)]["data_samples"].metainfo
+    images[4].write_bytes(b"")
+    with pytest.raises(UserError, match=r"^data: 2 of 10 images cannot be read, more than a share of 0\.1"):
+        train(tiny_run(root, tmp_path / "more"))
 
 
 def test_a_training_mask_of_another_size_is_named(tmp_path):

@@ -4,14 +4,17 @@ import os
 import pickle
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from source_fixture import contents, files, names, opened, write_shards, write_tar
 
+from posfield.cli.predict import listed
 from pretrain.config import load_config
+from pretrain.data.datasets.listing import by_stem
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources import open_source
+from pretrain.data.sources import kind_of, open_source
 from pretrain.data.sources.files import MAX_FILE_BYTES, Handles, Names, expand_braces, shown
 from pretrain.data.sources.tar import scan_shard
 from pretrain.errors import UserError
@@ -293,3 +296,26 @@ def test_handles_keep_the_last_used():
         assert handles.get(key, lambda key=key: log.append(key) or key.upper()) == key.upper()
     assert log == ["a", "b", "c", "b"]
     assert pickle.loads(pickle.dumps(handles)).size == 2
+
+
+def test_what_a_listing_leaves_out_is_counted_and_named(tmp_path, capsys):
+    files(tmp_path, "a/y.TIF", "b/z.tiff", "c.jpg", "a/d.gif", "e.gif", "notes", ".hidden.gif", "f\n.heic")
+    assert names(opened(tmp_path)) == ["a/y.TIF", "b/z.tiff", "c.jpg"]
+    told = "left out, no images by their names: 2 .gif, 1 .heic, 1 no suffix in "
+    assert capsys.readouterr().err == f"{told}{tmp_path}, the first a/d.gif\n"
+
+
+def test_links_that_point_at_each_other(tmp_path):
+    """As files and as folders; each real folder is listed once."""
+    files(tmp_path, "a/x.jpg", "b/y.jpg")
+    for name, target in (("l", "m"), ("m", "l"), ("l.jpg", "m.jpg"), ("m.jpg", "l.jpg")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "a" / "to").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "to").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "too").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "too").symlink_to(tmp_path / "a")
+    found = {Path(name).name for name in names(opened(tmp_path))}
+    assert found == {"x.jpg", "y.jpg", "l.jpg", "m.jpg"}  # the last two count as broken when they are read
+    assert kind_of(str(tmp_path)) == "folder"
+    assert {Path(file).name for file in by_stem(tmp_path).values()} == found
+    assert len(listed([tmp_path], tmp_path / "out")) == 4

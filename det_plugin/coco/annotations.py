@@ -15,8 +15,10 @@ What is allowed, and how it is used:
 
 These are errors that name the entry: an id that is no integer or stands twice; an unknown image or category
 id; no mask (Mask R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover
-its image; a ``file_name`` that is missing or leads out of the folder; an image that is missing, unreadable
-(by its header), or of another size than stated.
+its image; a ``file_name`` that is missing or leads out of the folder; an image that is missing,
+or of another size than stated; an unreadable image of the validation (by its header, or a JPEG or PNG without
+its end). Training takes others in place of unreadable images and names them, up to a tenth of all
+(:mod:`pretrain.data.broken`).
 """
 
 import math
@@ -30,11 +32,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from det_plugin.coco.layout import locate
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api
 from det_plugin.protocol import DetectionProtocol, n_share
+from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources.files import read_file
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
@@ -90,29 +95,31 @@ class CocoSplit:
         """The pixels, [H, W, 3] uint8 RGB, upright.
 
         Raises:
-            UserError: the image cannot be read, or has another size than annotated; names it.
+            UnreadableImage: the image cannot be read.
+            UserError: it has another size than annotated; both name it.
         """
         path = self.folder / picture.file_name
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except UNREADABLE as error:
-            raise UserError(f"data: {path} cannot be read as an image ({error})") from error
+            pixels = decode(read_file(os.fsencode(path)))
+        except BrokenImage as error:
+            raise UnreadableImage(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             found, said = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{picture.width} x {picture.height}"
             raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}")
         return pixels
 
-    def check_headers(self) -> None:
-        """:meth:`load`, for its errors, of this rank's share of the images; reads headers alone."""
-        pool = ThreadPoolExecutor(HEADER_READERS)
+    def check_headers(self, allowed: float = 0.0) -> None:
+        """:meth:`load`, for its errors, of this rank's share of the images; reads headers, and decodes what may
+        be cut off. Unreadable images are named; up to the share ``allowed`` they are no error."""
+        pool, own = ThreadPoolExecutor(HEADER_READERS), range(rank(), len(self.pictures), world_size())
         try:
-            for _ in pool.map(self._check_header, range(rank(), len(self.pictures), world_size())):
-                pass
+            broken = [told for told in pool.map(self._check_header, own) if told]
         finally:
             pool.shutdown(cancel_futures=True)
+        check_share(broken, len(own), allowed)
 
-    def _check_header(self, index: int) -> None:
+    def _check_header(self, index: int) -> str:
+        """What is wrong with the file, if a training may skip it; raises UserError for what it may not."""
         picture = self.pictures[index]
         try:
             with Image.open(self.folder / picture.file_name) as image:
@@ -120,8 +127,12 @@ class CocoSplit:
                 fits = (image.size[::-1] if is_rotated else image.size) == (picture.width, picture.height)
         except UNREADABLE:
             fits = False
-        if not fits:
-            self.load(picture)
+        try:
+            if not fits or may_be_cut_off(self.folder / picture.file_name):
+                self.load(picture)
+        except UnreadableImage as error:
+            return str(error)
+        return ""
 
 
 @dataclass(frozen=True)
@@ -143,8 +154,8 @@ class Data:
         val = read_split(data, "val", num_classes=classes, training=False)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise UserError(f"data: {train.file} and {val.file} have different categories")
-        for split in (train, val):
-            split.check_headers()
+        train.check_headers(SHARE)
+        val.check_headers()  # all are needed: figures of other images could not be compared
         return Data(train, val)
 
 

@@ -1,15 +1,23 @@
 """COCO-format data for Detectron2: the same images and objects, in the same order, as the torchvision engine
 reads."""
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import check_image_size
+from detectron2.data.transforms import AugInput
 from detectron2.structures import BoxMode
 
 from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_split
 from det_plugin.coco.masks import Segmentation, as_rle, clip, coco_api
+from pretrain.data.broken import UnreadableImage
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
 
@@ -90,7 +98,7 @@ def _box(segmentation: Segmentation) -> list[float]:
 
 
 class CocoMapper(DatasetMapper):
-    """Detectron2's mapper. Masks are polygons (its default), or bitmaps in an image that has an RLE.
+    """Detectron2's mapper with our decoder of images. Masks are polygons (its default), or bitmaps in an image that has an RLE.
 
     Polygons are exact at any scale, but an RLE cannot become one.
     """
@@ -101,11 +109,24 @@ class CocoMapper(DatasetMapper):
         Raises:
             UserError: an image cannot be read, or its size is not that of the annotations; names the file.
         """
+        made = copy.deepcopy(dataset_dict)
         try:
-            return super().__call__(dataset_dict)  # type: ignore[no-any-return]
+            image = decode(read_file(os.fsencode(made["file_name"])))
+            # Detectron2's steps from here on
+            check_image_size(made, image)
+            seen = AugInput(image if self.image_format == "RGB" else image[..., ::-1])
+            transforms = self.augmentations(seen)
+            made["image"] = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+            if not self.is_train:
+                made.pop("annotations", None)
+            elif "annotations" in made:
+                self._transform_annotations(made, transforms, seen.image.shape[:2])
+        except BrokenImage as error:
+            raise UnreadableImage(f"data: {made['file_name']} cannot be used: {error}") from error
         except (*UNREADABLE, AssertionError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"data: {dataset_dict['file_name']} cannot be used: {reason}") from error
+            raise UserError(f"data: {made['file_name']} cannot be used: {reason}") from error
+        return made
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]

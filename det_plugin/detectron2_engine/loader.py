@@ -17,9 +17,10 @@ from detectron2.data import DatasetFromList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import Dataset
 
-from det_plugin.loader import AUGMENT, STEP, Sample, batches, positions, stream_index
+from det_plugin.loader import AUGMENT, STEP, Sample, batches, positions, with_substitute
 from det_plugin.loop import micro_batch_size
 from pretrain import distributed
+from pretrain.data.broken import Skipped
 from pretrain.errors import UserError
 
 
@@ -37,8 +38,11 @@ class TrainSamples(Dataset[Sample]):
         self.dicts, self.mapper, self.seed = DatasetFromList(dicts, copy=False), mapper, seed
 
     def __getitem__(self, position: int) -> Sample:
-        np.random.seed(_draws(self.seed, AUGMENT, position).generate_state(4))
-        return self.mapper(self.dicts[stream_index(position, len(self.dicts), self.seed)])
+        def make(index: int) -> Sample:
+            np.random.seed(_draws(self.seed, AUGMENT, position).generate_state(4))
+            return self.mapper(self.dicts[index])
+
+        return with_substitute(position, len(self.dicts), self.seed, make)
 
 
 class TrainLoader:
@@ -67,6 +71,7 @@ class TrainLoader:
             raise UserError(f"train.seed: {seed} must be at least 0; the order of the images depends on it")
         self.samples = TrainSamples(dataset, mapper, seed)
         self.batch_size, self.workers, self.seed = total_batch_size, num_workers, seed
+        self.skipped = Skipped(None)  # broken images; whoever knows the run's folder may put another here
         micro_batch_size(total_batch_size, 1)
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -80,7 +85,8 @@ class TrainLoader:
         """
         start_iter = get_event_storage().iter if has_event_storage() else 0  # the trainer's, resumed or not
         due, ahead = (self._positions(start_iter, accumulate) for _ in range(2))
-        for part, samples in zip(due, batches(self.samples, ahead, self.workers, torch.device("cpu"))):
+        made = batches(self.samples, ahead, self.workers, torch.device("cpu"), self.skipped)
+        for part, samples in zip(due, made):
             torch.manual_seed(int(_draws(self.seed, STEP, part[0]).generate_state(1, np.uint64)[0]))
             yield samples
 

@@ -28,6 +28,7 @@ from det_plugin.loop import Show, micro_batch_size
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
+from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
 from pretrain.log import log
@@ -141,7 +142,9 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> 
     optimizer = instantiate(cfg.optimizer)
     ids = [device.index] if device.type == "cuda" else None
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
-    parts = instantiate(cfg.dataloader.train).parts(run.accumulate)
+    loader = instantiate(cfg.dataloader.train)
+    loader.skipped = Skipped(folder)
+    parts = loader.parts(run.accumulate)
     how = dict[str, Any](accumulate=run.accumulate, amp=cfg.train.amp.enabled)
     trainer = AccumulatingTrainer(ranks, parts, optimizer, **how)
     trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])

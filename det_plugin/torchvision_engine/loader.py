@@ -1,5 +1,6 @@
 """The samples of the torchvision engine: training by position of the stream, evaluation by image."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset
 
 from det_plugin.augment import evaluation_geometry, jitter, objects_of
 from det_plugin.coco.annotations import CocoSplit
-from det_plugin.loader import AUGMENT, Sample, stream_index, to_tensor
+from det_plugin.loader import AUGMENT, Sample, to_tensor, with_substitute
 from det_plugin.protocol import DetectionProtocol
 
 
@@ -21,7 +22,11 @@ class TrainSamples(Dataset[Sample]):
         self.split, self.protocol, self.seed = split, protocol, seed
 
     def __getitem__(self, position: int) -> Sample:
-        picture = self.split.pictures[stream_index(position, len(self.split.pictures), self.seed)]
+        make = partial(self._sample, position)
+        return with_substitute(position, len(self.split.pictures), self.seed, make)
+
+    def _sample(self, position: int, index: int) -> Sample:
+        picture = self.split.pictures[index]
         rng = np.random.default_rng([self.seed, AUGMENT, position])
         geometry = jitter((picture.width, picture.height), self.protocol, rng)
         boxes, classes, masks = objects_of(geometry, picture.classes, picture.segmentations)

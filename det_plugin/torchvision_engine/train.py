@@ -17,6 +17,7 @@ from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.predict import evaluate, load_model
 from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain import distributed
+from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
 from pretrain.errors import UserError
@@ -107,7 +108,7 @@ class _Engine:
         p, run, spots = trainer.protocol, trainer.run, (distributed.rank(), distributed.world_size())
         indices = (list(positions(it, p.batch_size, *spots)) for it in range(trainer.iteration, end_iter))
         samples = TrainSamples(data.train, p, run.seed)
-        self.batches = batches(samples, indices, run.workers, trainer.device)
+        self.batches = batches(samples, indices, run.workers, trainer.device, Skipped(run.output))
         self.trainer, self.data, self.log_period = trainer, data, max(p.max_iters // LOG_LINES, 1)
 
     @property

@@ -24,29 +24,33 @@ from det_plugin.figures import draw_prediction
 from det_plugin.predict import Detections, Detector, load_detector
 from det_plugin.run import engine_of
 from pretrain.cli import command_parser
-from pretrain.data.sources.files import is_image
+from pretrain.data.sources.files import hidden, is_image, left_out
 from pretrain.errors import UserError
 from pretrain.files import put_in_place
-from pretrain.log import ProgressLine
+from pretrain.log import ProgressLine, log
 
 
 def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
     """Each image's path, and its name in the results: relative to a single given folder, otherwise as given.
 
-    Images in the output folder are left out.
+    Images in the output folder are left out; other files of a folder are counted and named in a line of the log.
     """
     found: list[tuple[Path, str]] = []
     for root in given:
         if root.is_dir():
-            inside = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+            inside = [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
             for path in sorted(path for path in inside if is_image(os.fsencode(path.name))):
                 found.append((path, (path.relative_to(root) if len(given) == 1 else path).as_posix()))
+            names = [os.fsencode(path.relative_to(root)) for path in inside if output not in path.parents]
+            others = [name for name in names if not is_image(name) and not hidden(name)]
+            if others:
+                log(left_out(others, root))
         elif root.is_file():
             found.append((root, root.name if len(given) == 1 else root.as_posix()))
         else:
             raise UserError(f"--images: no file or folder {root}")
-    own = output.resolve()
-    found = [(path, name) for path, name in dict(found).items() if own not in path.resolve().parents]
+    own = Path(os.path.realpath(output))  # Path.resolve fails where links point at each other
+    found = [(at, name) for at, name in dict(found).items() if own not in Path(os.path.realpath(at)).parents]
     if not found:
         raise UserError(f"--images: no images in {', '.join(map(str, given))}")
     return found

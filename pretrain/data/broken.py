@@ -1,10 +1,80 @@
 """The account of images that could not be read: their number and names; too many of them end a run."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pretrain.data.decode import FORMATS
+from pretrain.errors import UserError
+from pretrain.log import log
 
 FILE_NAME = "broken_images.txt"
+SHARE = 0.1  # of the images read, from which on a run stops: ``data.broken_share``'s default
+MAX_TRIES = 16  # unreadable images in a row before a run gives up
+T = TypeVar("T")
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be read: a training takes another one in its place."""
+
+
+def read_or_other(
+    index: int, n: int, read: Callable[[int], T], draws: Callable[[], np.random.Generator]
+) -> tuple[T, list[str]]:
+    """``read(index)``, or of another image in place of one that is broken, and the broken ones, with the reason.
+
+    The others are drawn, not the next ones: broken files lie side by side.
+
+    Args:
+        n: images to draw from.
+        draws: a generator that depends on the place in the run alone, so that a resumed run draws the same.
+
+    Raises:
+        UserError: too many unreadable images in a row.
+    """
+    broken, random = list[str](), None
+    for _ in range(MAX_TRIES):
+        try:
+            return read(index), broken
+        except UnreadableImage as error:
+            broken.append(str(error))
+            random = random or draws()
+            index = int(random.integers(n))
+    raise UserError(f"data: {len(broken)} images in a row cannot be read, the first: {broken[0]}")
+
+
+def may_be_cut_off(file: Path) -> bool:
+    """Whether a file is a JPEG or PNG without its end, no image or missing: a cheap look before decoding it."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(12)
+            opened.seek(-min(12, os.fstat(opened.fileno()).st_size), os.SEEK_END)
+            tail = opened.read()
+    except OSError:
+        return True
+    if head.startswith(b"\xff\xd8"):
+        return not tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail[4:8] != b"IEND"
+    return not any(magic.match(head) for magic, _ in FORMATS)
+
+
+def check_share(broken: Sequence[str], n: int, share: float = SHARE) -> None:
+    """Name the broken ones of ``n`` images, before a run that will take others in their place.
+
+    Raises:
+        UserError: they are more than this share.
+    """
+    for line in broken[:20]:
+        log(f"broken: {line}")
+    told = f"{len(broken)} of {n} images cannot be read"
+    if len(broken) > share * n:
+        raise UserError(f"data: {told}, more than a share of {share:g}; the first: {broken[0]}")
+    if broken:
+        log(f"{told}; training takes others in their place")
 
 
 class BrokenFiles:
@@ -56,3 +126,38 @@ class BrokenFiles:
     def state(self) -> dict[str, Any]:
         """Plain values, for other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same account."""
         return {"n_read": self.n_read, "n_failed": self.n_failed, "files": sorted(self.files)}
+
+
+class Skipped:
+    """The images that a fine-tuning skips on this rank: each is named once, and written to
+    ``broken_images.txt`` of the run's folder.
+
+    Args:
+        folder: of the run; None: they are only named.
+    """
+
+    def __init__(self, folder: Path | None, share: float = SHARE) -> None:
+        self.file, self.share, self.account = folder and folder / FILE_NAME, share, BrokenFiles()
+
+    def record(self, n_read: int, broken: Sequence[str]) -> None:
+        """Count reads, and the failed ones before them.
+
+        Raises:
+            UserError: more than the share failed.
+        """
+        before = set(self.account.files)
+        self.account.record(n_read, broken)
+        for name in sorted(self.account.files - before):
+            log(f"broken, another image takes its place: {name}")
+            if self.file and name not in self._written():
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{name}\n")
+        if self.account.over(self.share):
+            counts = self.account.told(0)[0]
+            raise UserError(f"data: {counts}, more than a share of {self.share:g}; {self.file} lists them")
+
+    def _written(self) -> list[str]:
+        if not self.file or not self.file.is_file():
+            return []
+        return self.file.read_text(encoding="utf-8").splitlines()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pretrain.data.images import read_picture, spread
-from pretrain.data.sources.files import SUFFIXES, is_image
+from pretrain.data.sources.files import SUFFIXES, is_image, left_out
 from pretrain.errors import UserError
+from pretrain.log import log
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,20 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
 
 
 def _list(folder: Path) -> dict[str, list[str]]:
-    """Names of the images by class, both sorted; classes without one are left out."""
+    """Names of the images by class, both sorted; classes without one are left out, other files named."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    listed = {at.name: sorted(f for f in os.listdir(at) if is_image(os.fsencode(f))) for at in classes}
-    found = {name: files for name, files in listed.items() if files}
+    found, rest = dict[str, list[str]](), list[bytes]()
+    for at in classes:
+        for name in sorted(os.listdir(at)):
+            if is_image(os.fsencode(name)):
+                found.setdefault(at.name, []).append(name)
+            elif not name.startswith("."):
+                rest.append(os.fsencode(os.path.join(at.name, name)))
     if not found:
         kinds = "|".join(SUFFIXES)
         raise UserError(f"no image CLASS/*{kinds} in {folder}: a folder for each class is needed")
+    if rest:
+        log(left_out(rest, folder))
     return found

@@ -1,9 +1,15 @@
 """Decode an image to pixels: uint8 RGB, upright, bounded in size; or raise :class:`BrokenImage`.
 
-Formats are JPEG, PNG (APNG), WebP, BMP and GIF, recognized by their content, never by a name. Only the first
-frame is decoded. Grayscale, palette and CMYK become RGB, transparency is dropped (the colors below it stay)
-and color profiles are ignored, as PIL converts. 16-bit grayscale is scaled to 8 bits; 16-bit RGB keeps the
-high byte. TIFF is left out, because its decoder complains on stderr.
+It is the one decoder: of pre-training, both detection engines, segmentation, prediction and the analyses.
+
+Formats are JPEG, PNG (APNG), WebP, BMP, GIF and TIFF, recognized by their content, never by a name. Only the
+first frame is decoded. Grayscale, palette and CMYK become RGB, transparency is dropped (the colors below it
+stay) and color profiles are ignored, as PIL converts.
+
+More than 8 bits: grayscale is scaled from the range that its bits can hold, rounded (16 bits: divided by 257;
+12 bits: 4095 is white); 16-bit RGB keeps the high byte. Floats in [0, 1] are multiplied by 255 and rounded.
+Floats beyond that, and integers that are signed or of 32 bits, count as broken: nothing says what is white, and
+a range that is taken from each image would change its brightness with its content.
 
 Memory: a header that declares more than ``max_mpx`` is refused before a pixel is decoded, and the parts of a
 file that expand (text, profiles) are bounded by PIL, as is WebP at 179 million pixels. Decoding takes at most
@@ -15,13 +21,25 @@ WebP cannot be detected. ``simplejpeg``, if it is installed, decodes whole plain
 the same pixels. PIL judges all others, so that what counts as broken does not depend on it.
 """
 
+import ctypes
 import io
+import logging
 import re
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from pretrain.views.pixels import resize
 
@@ -37,14 +55,23 @@ FORMATS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
     (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
     (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),  # +: BigTIFF
 )
 ORIENTATION = 0x0112  # EXIF's tag
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; encoders write about 10
 MAX_SIDE_PX = 2**24  # from twice this on a row is too long for PIL, which then says that there is no memory
 FILLER = bytes(16)  # what a Huffman decoder may look ahead
 
 # PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines in a run
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it logs, it also raises
+try:  # libtiff writes of each unknown tag and each damage to stderr; what matters is PIL's exception
+    _libtiff = ctypes.CDLL(Image.core.__file__)  # finds the library that PIL itself is linked with
+    _libtiff.TIFFSetErrorHandler(None)
+    _libtiff.TIFFSetWarningHandler(None)
+except (OSError, AttributeError):
+    pass  # built without it, or in a way that hides it
 
 
 class BrokenImage(Exception):
@@ -68,7 +95,7 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
     try:
         image = _open(data, max_mpx)
         pixels = _pixels(image, data, max_side_px)
-        return np.ascontiguousarray(_upright(_bounded(pixels, max_side_px), image))
+        return np.ascontiguousarray(upright(_bounded(pixels, max_side_px), image))
     # PIL raises many kinds: OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error
     except Exception as error:
         if isinstance(error, BrokenImage) or isinstance(error, MemoryError) and image is not None:
@@ -80,7 +107,7 @@ def _open(data: bytes, max_mpx: float) -> ImageFile.ImageFile:
     """Read the header and check the size; no pixel is decoded."""
     image = next((open_as(io.BytesIO(data)) for magic, open_as in FORMATS if magic.match(data)), None)
     if image is None:
-        raise BrokenImage("empty file" if not data else "no JPEG, PNG, WebP, BMP or GIF")
+        raise BrokenImage("empty file" if not data else "no JPEG, PNG, WebP, BMP, GIF or TIFF")
     width, height = image.size
     if width < 1 or height < 1:
         raise BrokenImage(f"declares {width} x {height} pixels")
@@ -100,14 +127,34 @@ def _pixels(image: ImageFile.ImageFile, data: bytes, max_side_px: int) -> np.nda
     if isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle":
         # PIL decodes it byte by byte in Python: minutes for a large one
         raise BrokenImage("run-length coded BMP")
+    return rgb_of(image)
+
+
+def rgb_of(image: Image.Image) -> np.ndarray:
+    """The pixels of a PIL image as uint8 RGB [H, W, 3], as stored (not turned), by the rule of this module.
+
+    Raises:
+        BrokenImage: floats outside [0, 1], or integers of no known range.
+    """
+    if image.mode == "F":
+        floats = np.asarray(image)
+        if not (floats.min() >= 0 and floats.max() <= 1):  # nor a NaN
+            raise BrokenImage(f"floats from {floats.min():g} to {floats.max():g}; store 0 to 1, or integers")
+        return _gray(np.rint(floats * 255))
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.uint32)  # [H, W] of 16 bits, of a PNG
-        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    return _rgb(image)
-
-
-def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
+        tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        if image.mode == "I" and not isinstance(image, PngImagePlugin.PngImageFile):
+            raise BrokenImage("signed or 32-bit integers have no known range; store 8 or 16 bits")
+        most = 2 ** tags.get(BITS, (16,))[0] - 1
+        values = np.asarray(image).astype(np.uint32)  # [H, W]
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits and less
+            values = most - values
+        return _gray((values * 255 + most // 2) // most)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _gray(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px: int) -> np.ndarray:
@@ -122,7 +169,7 @@ def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px:
             return simplejpeg.decode_jpeg(data, "RGB", strict=True)  # strict: libjpeg had nothing to remark
         except ValueError:
             pass  # PIL judges
-    pixels = _rgb(image)
+    pixels = rgb_of(image)
     # The luma of the last pixel may be the gray of missing data; its color may come from the block before
     if abs(pixels[-1, -1] @ [0.299, 0.587, 0.114] - 128) < 2 and _ends_early(data, image.layers):
         raise BrokenImage("JPEG data ends before the picture")
@@ -179,8 +226,8 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
     return resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
-def _upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:
-    """Turned and mirrored by EXIF's orientation; a damaged EXIF block is ignored."""
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Turned and mirrored by EXIF's orientation (PIL itself turns a TIFF); a damaged EXIF block is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # as in `decode`

@@ -14,11 +14,12 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.broken import may_be_cut_off
+from pretrain.data.decode import BrokenImage, decode, rgb_of, upright
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
@@ -93,6 +94,20 @@ def read_picture(file: Path) -> np.ndarray:
         raise UserError(f"{file} cannot be read ({error})") from error
 
 
+def cut_off(files: Sequence[Path]) -> list[str]:
+    """Those that cannot be read, with the reason, of the files that a cheap look says may be cut off."""
+
+    def reason(file: Path) -> str:
+        try:
+            if may_be_cut_off(file):
+                decode(read_file(os.fsencode(file)))
+        except BrokenImage as error:
+            return f"{file} cannot be read ({error})"
+        return ""
+
+    return [told for told in in_threads(reason, files) if told]
+
+
 def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
     """An image as uint8 [3, side, side], by antialiased bicubic resizing.
 
@@ -153,7 +168,11 @@ def pixels_of(image: AnyImage) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_picture(Path(image))
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        try:
+            pixels = rgb_of(image)  # first: PIL turns a TIFF as it loads it
+            return np.ascontiguousarray(upright(pixels, image))
+        except BrokenImage as error:
+            raise UserError(f"the image cannot be used ({error})") from error
     is_array = isinstance(image, np.ndarray)
     if not is_array or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
         told = f"{image.dtype} {image.shape}" if is_array else type(image).__name__

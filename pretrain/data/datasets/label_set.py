@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,7 +63,7 @@ class LabelSet:
                 not know.
         """
         image, label_map = map(Path, self.files[index])
-        pixels, labels = _read_image(image), self.read_labels(label_map)
+        pixels, labels = read_picture(image), self.read_labels(label_map)
         if labels.shape != pixels.shape[:2]:
             sizes = [f"{shape[1]} x {shape[0]}" for shape in (labels.shape, pixels.shape)]
             turned = " (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else ""
@@ -126,13 +125,3 @@ class LabelSet:
         for batch in in_batches(item, range(len(self)) if order is None else order, batch_size):
             images, labels = zip(*batch)
             yield torch.stack(images), torch.stack(labels)
-
-
-def _read_image(file: Path) -> NDArray[np.uint8]:
-    """:func:`read_picture`, and TIFF, which images for pre-training are not."""
-    if file.suffix.lower() not in (".tif", ".tiff"):
-        return read_picture(file)
-    bgr = cv2.imread(str(file), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise UserError(f"{file} cannot be read (no such TIFF)")
-    return np.ascontiguousarray(bgr[..., ::-1])

@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 # Paths of image and label map of each item; as text, 118,287 pairs take half a second
 Pairs = Sequence[tuple[str, str]]
 MAP_SUFFIXES = (".png",)
-IMAGE_SUFFIXES = (*SUFFIXES, ".tif", ".tiff")
+IMAGE_SUFFIXES = SUFFIXES
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
@@ -22,16 +22,20 @@ def first_folder(root: Path, names: Iterable[str]) -> Path | None:
 def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, str]:
     """{stem: path} of the files in a folder and below with one of these suffixes, without hidden ones.
 
-    A stem has the folders in it: ``city/0001``.
+    A stem has the folders in it: ``city/0001``. Links to folders are followed, and each real folder is listed once.
 
     Raises:
         UserError: there is no such folder or file; two files differ only in their suffix.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} cannot be listed (no such folder)")
-    found: dict[str, str] = {}
+    found, seen = dict[str, str](), set[str]()
     for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(at)
+        # Links may point at each other
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        names = [] if real in seen else names
+        seen.add(real)
         inside = "" if at == str(folder) else os.path.relpath(at, folder).replace(os.sep, "/") + "/"
         for name in names:
             stem, suffix = os.path.splitext(name)

@@ -44,7 +44,8 @@ def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file} cannot be read ({told})") from error
     if colors:
-        packed, known = values.astype(np.int64) @ [1 << 16, 1 << 8, 1], np.array(colors)  # [H, W], [n]
+        red, green, blue = (values[..., channel].astype(np.uint32) for channel in range(3))
+        packed, known = red << 16 | green << 8 | blue, np.array(colors, np.uint32)  # [H, W], [n]
         places = np.searchsorted(known, packed).clip(max=len(known) - 1)
         if (unknown := packed[known[places] != packed]).size:
             raise UserError(f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name")

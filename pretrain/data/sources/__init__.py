@@ -9,7 +9,15 @@ import re
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pretrain.data.sources.files import FileSource, folder_source, is_image, is_pattern, list_source
+from pretrain.data.broken import SHARE
+from pretrain.data.sources.files import (
+    FileSource,
+    folder_source,
+    is_folder,
+    is_image,
+    is_pattern,
+    list_source,
+)
 from pretrain.data.sources.tar import TarSource
 from pretrain.errors import UserError
 from pretrain.settings import Settings, setting
@@ -55,7 +63,7 @@ class DataSettings(Settings):
         200.0, "an image of more megapixels counts as broken (decompression bombs)", ge=1e-6
     )
     broken_share: float = setting(
-        0.1, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
+        SHARE, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
     )
 
 
@@ -130,7 +138,7 @@ def kind_of(root: str, split: str = "") -> str:
     kind = "folder"
     with os.scandir(path / split if (path / split).is_dir() else path) as entries:
         for entry in entries:
-            if is_image(os.fsencode(entry.name)) or entry.is_dir() and not entry.name.startswith("."):
+            if is_image(os.fsencode(entry.name)) or is_folder(entry) and not entry.name.startswith("."):
                 return "folder"  # the first tells, out of millions
             if entry.name.endswith((".tar", ".parquet")):
                 kind = entry.name.rpartition(".")[2]

@@ -4,23 +4,41 @@ import glob
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
 from pretrain.errors import UserError
+from pretrain.log import log
 
 T = TypeVar("T")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_FILE_BYTES = 2**29  # of one image; a larger file would be read completely before it is refused
 
 
 def is_image(name: bytes) -> bool:
     """Whether a name has a suffix of images, in any case; hidden files (``._a.jpg``) do not count."""
-    return os.path.splitext(name)[1].lower() in _SUFFIXES and not os.path.basename(name).startswith(b".")
+    return os.path.splitext(name)[1].lower() in _SUFFIXES and not hidden(name)
+
+
+def hidden(name: bytes) -> bool:
+    """Whether a path's last part starts with a dot."""
+    return os.path.basename(name).startswith(b".")
+
+
+def left_out(names: Sequence[bytes], where: str | os.PathLike[str]) -> str:
+    """A line on the files that a listing of images leaves out by their names: how many, of which suffixes, and
+    the first by name; empty if there are none."""
+    if not names:
+        return ""
+    kinds = Counter(shown(os.path.splitext(name)[1].lower()) or "no suffix" for name in names)
+    told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    more = ", ..." if len(kinds) > 5 else ""
+    return f"left out, no images by their names: {told}{more} in {where}, the first {shown(min(names))}"
 
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
@@ -87,8 +105,8 @@ class FileSource:
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
     """All images under a folder, or under some of its sub-folders, sorted by path.
 
-    Suffixes tell images. Links to folders are followed, and each real folder is listed once. Hidden files and
-    folders are left out.
+    Suffixes tell images; other files are counted and named in a line of the log. Links to folders are
+    followed, and each real folder is listed once. Hidden files and folders are left out.
 
     Raises:
         UserError: a folder is missing, cannot be listed or has no image; names data.root, or data.split for a
@@ -96,22 +114,25 @@ def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
     """
     if not os.path.isdir(root):
         raise UserError(f"data.root: no folder {root}")
-    found: list[bytes] = []
+    found, others = list[bytes](), list[bytes]()
     for subfolder in subfolders:
         within, key = os.path.join(root, subfolder), "data.split" if subfolder else "data.root"
         if not os.path.isdir(within):
             raise UserError(f"{key}: no folder {within}")
         start = os.path.normpath(subfolder) if subfolder else ""
-        images = _list_images(os.fsencode(root), os.fsencode(start))
+        images, rest = _list_images(os.fsencode(root), os.fsencode(start))
         if not images:
             raise UserError(f"{key}: no image ({', '.join(SUFFIXES)}) in {within}")
         found += images
+        others += rest
+    if others:
+        log(left_out(sorted(set(others)), root))
     return FileSource(root, Names(sorted(set(found))))  # a set: sub-folders may lie within one another
 
 
-def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
-    """Paths relative to ``root``, in no order."""
-    found, waiting, seen = [], [subfolder], set()
+def _list_images(root: bytes, subfolder: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Images, and other files: paths relative to ``root``, in no order."""
+    found, others, waiting, seen = list[bytes](), list[bytes](), [subfolder], set()
     while waiting:
         relative = waiting.pop()
         folder = os.path.join(root, relative)
@@ -130,9 +151,19 @@ def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
             # a link is not looked up: slow by the million
             if is_image(entry.name) and not entry.is_dir(follow_symlinks=False):
                 found.append(path)
-            elif entry.is_dir() and not entry.name.startswith(b"."):
+            elif is_folder(entry) and not hidden(entry.name):
                 waiting.append(path)
-    return found
+            elif not hidden(entry.name):
+                others.append(path)
+    return found, others
+
+
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Also behind a link; links that point at each other are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_source(path: str) -> FileSource:
