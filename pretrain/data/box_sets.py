@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
+from pretrain.settings import shown
 
 MAX_XML_BYTES = 2**22
+FARTHEST_PX = 1e6  # of a box's corner from the image's
+FLAGS = {"1": True, "1.0": True, "true": True} | dict.fromkeys(("0", "0.0", "false", "none", ""), False)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -139,13 +142,30 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
         if image not in boxes:
             raise UserError(f"{file}: an annotation is of image {image}, which is none of its images")
         box = _coco_box(file, entry)
-        if not entry.get("iscrowd"):
+        try:
+            is_left_out = is_crowd(entry)
+        except ValueError as error:
+            raise UserError(f"{file}: annotation {shown(entry.get('id'))} has {error}") from error
+        if not is_left_out:
             boxes[image].append(box)
     by_name = {path.stem: id for id, path in files.items()}
     if absent := set(names or ()) - set(by_name):
         raise UserError(f"{file} has no image {min(absent)!r}, which the list names")
     chosen = files if names is None else [by_name[name] for name in names]
     return [BoxedImage(files[id], np.array(boxes[id], np.float64)) for id in chosen if boxes[id]]
+
+
+def is_crowd(entry: Mapping[str, Any]) -> bool:
+    """Whether a COCO annotation is of a crowd: ``iscrowd`` is 1 or true, as a number or as text.
+
+    Raises:
+        ValueError: it is neither that, nor 0, false, null, empty or absent.
+    """
+    value = entry.get("iscrowd")
+    flag = FLAGS.get(str(value).strip().lower()) if isinstance(value, str | int | float | None) else None
+    if flag is None:
+        raise ValueError(f"the iscrowd {shown(value)}: not 0 or 1")
+    return flag
 
 
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
@@ -167,9 +187,9 @@ def _name(file: Path, image: Mapping[str, Any]) -> str:
 def _coco_box(file: Path, entry: Mapping[str, Any]) -> list[float]:
     box = entry.get("bbox")
     given = box if isinstance(box, list) else []
-    numbers = [v for v in given if isinstance(v, int | float) and math.isfinite(v)]
+    numbers = [v for v in given if isinstance(v, int | float) and abs(v) <= FARTHEST_PX]
     if not len(numbers) == len(given) == 4 or min(numbers[2:]) < 0:
-        told = f"annotation {entry.get('id')} has the bbox {box!r}"
+        told = f"annotation {entry.get('id')} has the bbox {shown(box)}"
         raise UserError(f"{file}: {told}, which is no (x, y, width, height)")
     x, y, width, height = numbers
     return [float(round(value)) for value in (x, y, x + width, y + height)]
