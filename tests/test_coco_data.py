@@ -98,12 +98,17 @@ def test_missing_files_are_named(root, tmp_path):
     assert str(root) in str(error.value) and all(name in str(error.value) for name, _ in LAYOUTS["train"])
 
 
+LINKS = (f"a{k}: &a{k} [{', '.join([f'*a{k - 1}' if k else '1'] * 9)}]\n" for k in range(12))
+BOMB = "".join(LINKS) + "train: *a11"  # 9 ** 12 numbers, if it were written out
+
+
 @pytest.mark.parametrize("text, message", [
     ("train: {annotations: a.json, images: .}", "no file .*a.json"),
     ("val: {annotations: a.json, images: .}", "must hold train: .*not train: None"),
     ("train: {annotations: a.json}", "must hold train: {annotations: FILE, images: FOLDER}"),
     ("train: {annotations: a.json, images: ., extra: b}", "must hold train"),
     ("train: {annotations: 3, images: .}", "must hold train"),
+    ("train: " + "[" * 5000, "is no YAML"), (BOMB, "must hold train"),
     ("train: coco", "not train: 'coco'"), ("- train", "must hold train"), ("a: [", "is no YAML"), ("", "must hold train"),
 ])  # fmt: skip
 def test_damaged_yaml_is_named(tmp_path, text, message):
@@ -425,6 +430,24 @@ def test_crowds_that_are_objects_are_named_and_can_be_taken(pristine, root, tmp_
         tool.main(["--data", str(root), "--output", str(out), "--eval-only", "--crowds", "objects"])
 
 
+@pytest.mark.detectron2
+def test_detectron2_takes_crowds_as_objects(root, tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional)")
+    from detectron2.config import instantiate
+
+    from det_plugin.detectron2_engine.evaluate import config_deviations
+    from det_plugin.detectron2_engine.lazy import config
+
+    for split in ("train", "val"):
+        edit(annotation_file(root, split), as_cvat)
+    cfg = config(with_overrides(RECIPE, dict(crowds="objects", amp=False)), TINY, data=root, device="cpu")
+    assert sum(len(d["annotations"]) for d in instantiate(cfg.dataloader.train.dataset)) == 10
+    assert instantiate(cfg.dataloader.evaluator).crowds == "objects"
+    changed = config_deviations(cfg)
+    assert changed["crowds"] == ["ignored", "objects"] and not any("dataset" in key for key in changed)
+    assert "crowds" not in config(RECIPE, TINY, data=root).dataloader.train.dataset
+
+
 def test_hashes_of_runs_from_before_crowds_stay(root, tmp_path):
     run = settings_of(TINY, None, root, tmp_path, "coco-12ep", {})
     assert "crowds" not in run.settings()["protocol"]
@@ -547,6 +570,18 @@ def test_damaged_annotations_are_named(root, change, message):
         read(root)
     assert "instances_train2017.json" in str(error.value) and "\n" not in str(error.value)
     assert len(str(error.value)) < 600 and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("depth", [100, 300, 500, 800, 900, 950, 980, 2000, 100_000])
+@pytest.mark.parametrize("key", ["bbox", "segmentation", "area", "iscrowd", "category_id", "id"])
+def test_deep_values_end_in_one_line(root, depth, key):
+    file = annotation_file(root, "train")
+    edit(file, first(**{key: "DEEP"}))
+    file.write_text(file.read_text().replace('"DEEP"', "[" * depth + "1" + "]" * depth))
+    try:
+        read(root)  # an area is replaced
+    except UserError as error:
+        assert "instances_train2017.json" in str(error) and "\n" not in str(error) and len(str(error)) < 600
 
 
 @pytest.mark.parametrize(

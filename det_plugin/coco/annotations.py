@@ -26,7 +26,6 @@ with; a ``file_name`` that is missing, has a line break or leads out of the fold
 
 import os
 import pickle
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from PIL import Image, ImageOps
 from det_plugin.coco.layout import locate
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
 from det_plugin.protocol import DetectionProtocol, n_share
-from pretrain.data.box_sets import FARTHEST_PX, is_crowd
+from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
@@ -280,7 +279,7 @@ def _categories(content: Mapping[str, Any]) -> dict[int, str]:
         if isinstance(entry["name"], list | dict):
             raise ValueError(f"the category {entry['id']} has the name {shown(entry['name'])}: no text")
     names = {
-        c["id"]: "".join(" " if _breaks(letter) else letter for letter in str(c["name"])) for c in entries
+        c["id"]: "".join(" " if breaks_line(letter) else letter for letter in str(c["name"])) for c in entries
     }
     times = Counter(names.values())
     return {id: names[id] if times[names[id]] == 1 else f"{names[id]} ({id})" for id in sorted(names)}
@@ -341,11 +340,6 @@ def _is_area(area: Any) -> bool:
     return type(area) in (int, float) and 0 <= area <= LARGEST_PX
 
 
-def _breaks(letter: str) -> bool:
-    """Whether a character breaks a line, controls a terminal or cannot be written (a lone surrogate)."""
-    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
-
-
 def _notes(content: Mapping[str, Any], names: Mapping[int, str], crowds: str) -> tuple[str, ...]:
     """Lines about areas and crowds; :func:`_mend_crowd` of all annotations."""
     _check_ids("annotation", content["annotations"])
@@ -382,7 +376,7 @@ def _file_name(image: Mapping[str, Any]) -> str:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"image {image['id']} has no file_name")
-    if any(map(_breaks, name)):
+    if any(map(breaks_line, name)):
         raise ValueError(
             f"image {image['id']}: the file_name {shown(name)} has a line break or the like; rename"
         )

@@ -6,6 +6,7 @@ include the last one, so 1 is subtracted from the first corner. Difficult and tr
 """
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
     for entry in content["annotations"]:
         image = _whole(file, entry, "annotations", "image_id")
         if image not in boxes:
-            raise UserError(f"{file}: an annotation is of image {image}, which is none of its images")
+            raise UserError(f"{file}: an annotation is of image {shown(image)}, which is none of its images")
         box = _coco_box(file, entry)
         try:
             is_left_out = is_crowd(entry)
@@ -168,18 +169,24 @@ def is_crowd(entry: Mapping[str, Any]) -> bool:
     return flag
 
 
+def breaks_line(letter: str) -> bool:
+    """Whether a character breaks a line, controls a terminal or cannot be written (a lone surrogate)."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
+
+
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
     value = entry.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{file}: {where} has an entry whose {key} is {value!r}, no whole number")
+        raise UserError(f"{file}: {where} has an entry whose {key} is {shown(value)}, no whole number")
     return value
 
 
 def _name(file: Path, image: Mapping[str, Any]) -> str:
     """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        told = f"image {image['id']} has the file_name {name!r}"
+    is_text = isinstance(name, str) and name and not any(map(breaks_line, name))
+    if not is_text or Path(name).is_absolute() or ".." in Path(name).parts:
+        told = f"image {shown(image['id'])} has the file_name {shown(name)}"
         raise UserError(f"{file}: {told}, which is no file of the set")
     return name
 
