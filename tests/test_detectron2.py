@@ -167,7 +167,8 @@ def numbers_of(cfg):
     cfg.optimizer.params.model = (
         model.requires_grad_()
     )  # else a frozen backbone has no learning rates to look at
-    optimizer, train_share = instantiate(cfg.optimizer), cfg.dataloader.train.dataset.share
+    optimizer, dataset = instantiate(cfg.optimizer), cfg.dataloader.train.dataset
+    train_share, crowds = dataset.share, dataset.get("crowds", "ignored")
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
@@ -203,7 +204,7 @@ def numbers_of(cfg):
         jitter_scale=(scale.min_scale, scale.max_scale),
         flip=flip.prob,
         train_share=train_share,
-        crowds=cfg.dataloader.train.dataset.get("crowds", "ignored"),
+        crowds=crowds,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         keep_special_tokens=pyramid.net.options.keep_special_tokens,
