@@ -184,8 +184,13 @@ def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
 def _name(file: Path, image: Mapping[str, Any]) -> str:
     """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
-    is_text = isinstance(name, str) and name and not any(map(breaks_line, name))
-    if not is_text or Path(name).is_absolute() or ".." in Path(name).parts:
+    if (
+        not isinstance(name, str)
+        or not name
+        or any(map(breaks_line, name))
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+    ):
         told = f"image {shown(image['id'])} has the file_name {shown(name)}"
         raise UserError(f"{file}: {told}, which is no file of the set")
     return name
