@@ -51,6 +51,9 @@ class DetectionProtocol(Settings):
     jitter_scale: tuple[float, float] = theirs((0.1, 2.0), "large-scale jitter of training images")
     flip: float = theirs(0.5, "probability of a horizontal flip", ge=0, le=1)
     train_share: float = ours(1.0, "share of the training images, the same ones in every run", gt=0, le=1)
+    crowds: Literal["ignored", "objects"] = ours(
+        "ignored", "COCO's rule; or annotations with iscrowd 1 count"
+    )
     pixel_mean: tuple[float, float, float] = theirs((123.675, 116.28, 103.53), "RGB")
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = theirs((58.395, 57.12, 57.375), "RGB")
 

@@ -63,10 +63,13 @@ class DetectionRun:
 
     def settings(self) -> dict[str, Any]:
         """What defines the outcome, as plain values. No folder of this machine is in it."""
+        recipe = as_dict(self.protocol)
+        if recipe["crowds"] == "ignored":  # of all runs before there was a choice: their hashes stay
+            del recipe["crowds"]
         return {
             "backbone": self.backbone,
             "model_kwargs": network_kwargs(self.model_kwargs),
-            "protocol": as_dict(self.protocol),
+            "protocol": recipe,
             "seed": self.seed,
         }
 

@@ -33,6 +33,7 @@ def finetune(
     accumulate: int = 1,
     checkpointing: bool = False,
     compile: bool = False,
+    crowds: str = "ignored",
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
@@ -47,6 +48,7 @@ def finetune(
         resume: continue from the folder's last checkpoint, if there is one.
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
+        crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
         fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
 
     Returns:
@@ -62,7 +64,9 @@ def finetune(
         how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
         how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
         name = backbone_name(backbone, None if weights is None else Path(weights))
-        run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
+        run = settings_of(
+            name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
+        )
         with run_lock(output):
             return module.train(run, resume=resume)  # type: ignore[no-any-return]
     finally:

@@ -4,6 +4,7 @@ damage with a clear error."""
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from coco_fixture import annotation_file, edit, relayout, rle_of_box, write_coco
 from PIL import Image
 from tool_fixture import load_tool
 
+from det_plugin.coco import metrics as coco_metrics_module
 from det_plugin.coco.annotations import Data, read_classes, read_split, read_truth, run_lengths
 from det_plugin.coco.layout import LAYOUTS, locate
 from det_plugin.coco.masks import coco_api, encode_mask
@@ -98,12 +100,17 @@ def test_missing_files_are_named(root, tmp_path):
     assert str(root) in str(error.value) and all(name in str(error.value) for name, _ in LAYOUTS["train"])
 
 
+LINKS = (f"a{k}: &a{k} [{', '.join([f'*a{k - 1}' if k else '1'] * 9)}]\n" for k in range(12))
+BOMB = "".join(LINKS) + "train: *a11"  # 9 ** 12 numbers, if it were written out
+
+
 @pytest.mark.parametrize("text, message", [
     ("train: {annotations: a.json, images: .}", "no file .*a.json"),
     ("val: {annotations: a.json, images: .}", "must hold train: .*not train: None"),
     ("train: {annotations: a.json}", "must hold train: {annotations: FILE, images: FOLDER}"),
     ("train: {annotations: a.json, images: ., extra: b}", "must hold train"),
     ("train: {annotations: 3, images: .}", "must hold train"),
+    ("train: " + "[" * 5000, "is no YAML"), (BOMB, "must hold train"),
     ("train: coco", "not train: 'coco'"), ("- train", "must hold train"), ("a: [", "is no YAML"), ("", "must hold train"),
 ])  # fmt: skip
 def test_damaged_yaml_is_named(tmp_path, text, message):
@@ -352,6 +359,119 @@ def test_turned_photographs_are_upright(root):
     assert np.abs(split.load(split.pictures[0]).astype(int) - np.asarray(upright)).mean() < 5
 
 
+@pytest.mark.parametrize("area", [None, "big", -1, math.nan, math.inf, 1e308, 10**400, True, [1]])
+def test_an_area_that_is_none_is_the_masks(root, capsys, area):
+    file, found = annotation_file(root, "val"), perfect(root)
+    edit(file, lambda content: content["annotations"][0].pop("area"))
+    expected, truth = coco_metrics(file, found), read_truth(file)
+    edit(file, lambda content: content["annotations"][0].update(area=area))
+    assert coco_metrics(file, found) == expected and expected["mask_ap"] == pytest.approx(100)
+    areas = ({a["id"]: a["area"] for a in content["annotations"]} for content in (truth, read_truth(file)))
+    assert next(areas) == next(areas)
+    Data.read(root, RECIPE)
+    assert "instances_val2017.json: 1 areas are no number of pixels (the first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [None, "0", "", False, 0.0, "false"])
+def test_an_iscrowd_of_another_type_is_zero(pristine, root, flag):
+    for split in ("train", "val"):
+        edit(
+            annotation_file(root, split),
+            lambda c: [a.update(iscrowd=a["iscrowd"] or flag) for a in c["annotations"]],
+        )
+    assert list(read(root).pictures) == list(read(pristine).pictures)
+    file, found = annotation_file(root, "val"), perfect(root)
+    assert coco_metrics(file, found) == coco_metrics(annotation_file(pristine, "val"), found)
+
+
+def test_the_evaluation_is_tried_before_the_first_iteration(root, tmp_path, monkeypatch):
+    def broken(*args):
+        raise TypeError("'<' not\nsupported")
+
+    monkeypatch.setattr(coco_metrics_module, "coco_metrics", broken)
+    run = DetectionRun(
+        TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1)
+    )
+    with pytest.raises(
+        UserError, match=r"val2017\.json cannot be evaluated \(TypeError: '<' not supported\)"
+    ):
+        train(run)
+    assert not run.output.exists()
+
+
+def as_cvat(content):
+    """Every object a mask with ``iscrowd`` 1, as CVAT writes them."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
+    for a in content["annotations"]:
+        a.update(iscrowd=1, segmentation=encode_mask(mask_of(a["segmentation"], *sizes[a["image_id"]]) > 0))
+
+
+def test_crowds_that_are_objects_are_named_and_can_be_taken(pristine, root, tmp_path, capsys):
+    Data.read(root, RECIPE)
+    told = capsys.readouterr().err
+    assert "train2017.json: 1 of 11 annotations are crowds (iscrowd 1): left out of training" in told
+    whole = read(pristine)
+    edit(annotation_file(root, "val"), as_cvat)
+    edit(annotation_file(root, "train"), lambda c: [as_cvat(c), c["annotations"][0].update(iscrowd=0)])
+    Data.read(root, RECIPE)
+    told = capsys.readouterr().err
+    assert "6 of 6 annotations are crowds" in told and "give --crowds objects" in told and "disc" in told
+    file, taken = annotation_file(root, "val"), read(root, crowds="objects")
+    assert [p.classes for p in taken.pictures] == [p.classes for p in whole.pictures]
+    found = perfect(pristine)
+    assert "box_ap" not in coco_metrics(file, found)
+    assert coco_metrics(file, found, "objects")["box_ap"] == pytest.approx(100)
+    out = tmp_path / "out"
+    tool.main(words(root, out, "--backbone", TINY, "--crowds", "objects", "backbone.depth=1"))
+    assert "annotations are crowds (iscrowd 1), taken as objects" in capsys.readouterr().err
+    assert read_result(out).protocol.deviations["crowds"] == ["ignored", "objects"]
+    tool.main(["--data", str(root), "--output", str(out), "--eval-only", "--device", "cpu", "--workers", "0"])
+    assert "nan" not in capsys.readouterr().err.split("AP75")[0].split("box AP")[1]
+    with pytest.raises(UserError, match="--eval-only: .*leave out --crowds"):
+        tool.main(["--data", str(root), "--output", str(out), "--eval-only", "--crowds", "objects"])
+
+
+@pytest.mark.detectron2
+def test_detectron2_takes_crowds_as_objects(root, tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional)")
+    from detectron2.config import instantiate
+
+    from det_plugin.detectron2_engine.evaluate import config_deviations
+    from det_plugin.detectron2_engine.lazy import config
+
+    for split in ("train", "val"):
+        edit(annotation_file(root, split), as_cvat)
+    cfg = config(with_overrides(RECIPE, dict(crowds="objects", amp=False)), TINY, data=root, device="cpu")
+    assert sum(len(d["annotations"]) for d in instantiate(cfg.dataloader.train.dataset)) == 10
+    assert instantiate(cfg.dataloader.evaluator).crowds == "objects"
+    changed = config_deviations(cfg)
+    assert changed["crowds"] == ["ignored", "objects"] and not any("dataset" in key for key in changed)
+    assert "crowds" not in config(RECIPE, TINY, data=root).dataloader.train.dataset
+
+
+def test_hashes_of_runs_from_before_crowds_stay(root, tmp_path):
+    run = settings_of(TINY, None, root, tmp_path, "coco-12ep", {})
+    assert "crowds" not in run.settings()["protocol"]
+    run = settings_of(TINY, None, root, tmp_path, "coco-12ep", {"crowds": "objects"})
+    assert run.settings()["protocol"]["crowds"] == "objects"
+
+
+def test_names_of_categories_are_one_line(root):
+    for split in ("train", "val"):
+        edit(annotation_file(root, split), lambda c: c["categories"][0].update(name="a\nb\x1b[2J\ud800"))
+    assert read(root).class_names[0] == "a b [2J " == read_classes(root, "val")[3]
+    assert "a b [2J " in coco_metrics(annotation_file(root, "val"), perfect(root))["box_ap_classes"]
+
+
+def test_a_long_outline_that_hardly_crosses_itself_is_kept(root):
+    turn = np.linspace(0, 2 * np.pi, 5000, endpoint=False)
+    rough = 20 + np.random.default_rng(0).uniform(0, 0.05, 5000)
+    outline = np.stack([40 + rough * np.cos(turn), 40 + rough * np.sin(turn)], 1).ravel().tolist()
+    edit(annotation_file(root, "train"), lambda content: add(content, segmentation=[outline]))
+    assert read(root).pictures[2].segmentations[2] == [outline]
+
+
 # --- what is not ------------------------------------------------------------------------------------------
 
 
@@ -363,6 +483,11 @@ def first(**fields):
 def image(**fields):
     """A change of the first image's entry."""
     return lambda content: content["images"][0].update(fields)
+
+
+def tangle(n):
+    """A polygon of random points, which crosses itself about n * n / 9 times."""
+    return np.random.default_rng(0).uniform(0, 60, 2 * n).tolist()
 
 
 DAMAGED = [
@@ -397,9 +522,26 @@ DAMAGED = [
     (first(segmentation={"size": [64, 96], "counts": ["6144"]}), "no RLE"),
     (first(segmentation={"size": [64, 96], "counts": "zzz"}), "RLE"),
     (first(category_id=4), "annotation 1 has the unknown category_id 4"),
-    (first(image_id="1"), "annotation 1 has the unknown image_id 1"),
+    (first(image_id="1"), "annotation 1 has the unknown image_id '1'"),
     (first(id=2), "an annotation id twice: 2"),
     (first(id="a"), "the annotation id 'a' is no integer"),
+    (first(iscrowd="yes"), "annotation 1 has the iscrowd 'yes': not 0 or 1"),
+    (first(iscrowd=-1), "annotation 1 has the iscrowd -1"),
+    (first(iscrowd=math.nan), "annotation 1 has the iscrowd nan"),
+    (first(iscrowd=[0]), r"annotation 1 has the iscrowd \[0\]"),
+    (first(bbox=[10**400, 0, 5, 5]), r"annotation 1 has the bbox \[1000.*\.\.\.: not x, y"),
+    (first(bbox=[1e308, 0, 1e308, 5]), "annotation 1 has the bbox"),
+    (first(segmentation=[[10**400, 2, 3, 4, 5, 6]]), "no polygons"),
+    (first(segmentation={"size": [64, 10**400], "counts": [6144]}), "RLE of size"),
+    (first(segmentation={"size": [64, 96], "counts": [10**400]}), "RLE of 1000.*\\.\\.\\. pixels"),
+    (first(segmentation=[[0, 0, 1e6, 1e6] * 20]), "a polygon of 40 points, 4.* pixels long"),
+    (first(segmentation=[tangle(4000)]), "a polygon of 4000 points, .* crosses itself about [0-9]{7} times"),
+    (first(id=10**400), "the annotation id 1000.*\\.\\.\\. is larger than"),
+    (first(image_id=10**400), "the unknown image_id 1000.*\\.\\.\\."),
+    (image(width=10**400), "image 1 is 1000.*\\.\\.\\. x 64 pixels"),
+    (image(file_name="a\nb.png"), r"image 1: the file_name 'a\\nb.png' has a line break"),
+    (image(file_name="\ud800.png"), r"image 1: the file_name '\\ud800.png' has a line break or the like"),
+    (lambda c: c["categories"][0].update(name=[[[]]]), "the category 3 has the name .*: no text"),
     (image(id=2), "an image id twice: 2"),
     (image(id="1"), "the image id '1' is no integer"),
     (image(width="96"), "image 1 is '96' x 64 pixels"),
@@ -425,9 +567,23 @@ DAMAGED = [
 @pytest.mark.parametrize("change, message", DAMAGED)
 def test_damaged_annotations_are_named(root, change, message):
     edit(annotation_file(root, "train"), change)
+    started = time.monotonic()
     with pytest.raises(UserError, match=message) as error:
         read(root)
     assert "instances_train2017.json" in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 600 and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("depth", [100, 300, 500, 800, 900, 950, 980, 2000, 100_000])
+@pytest.mark.parametrize("key", ["bbox", "segmentation", "area", "iscrowd", "category_id", "id"])
+def test_deep_values_end_in_one_line(root, depth, key):
+    file = annotation_file(root, "train")
+    edit(file, first(**{key: "DEEP"}))
+    file.write_text(file.read_text().replace('"DEEP"', "[" * depth + "1" + "]" * depth))
+    try:
+        read(root)  # an area is replaced
+    except UserError as error:
+        assert "instances_train2017.json" in str(error) and "\n" not in str(error) and len(str(error)) < 600
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ ODD = with_overrides(
         rpn_post_nms=(30, 20), rpn_nms=0.65, num_classes=3, roi_threshold=0.45, roi_batch_per_image=13,
         roi_positive_fraction=0.35, box_pool=5, box_convs=2, box_fc=48, mask_pool=6, mask_convs=2,
         box_weights=(9.0, 8.0, 7.0, 6.0), score_threshold=0.15, nms=0.4, detections_per_image=9,
-        amp_dtype="bfloat16", window_size=3, global_blocks=2, freeze_backbone=True, train_share=0.4,
+        amp_dtype="bfloat16", window_size=3, global_blocks=2, freeze_backbone=True, train_share=0.4, crowds="objects",
     ),
 )  # fmt: skip
 
@@ -167,7 +167,8 @@ def numbers_of(cfg):
     cfg.optimizer.params.model = (
         model.requires_grad_()
     )  # else a frozen backbone has no learning rates to look at
-    optimizer, train_share = instantiate(cfg.optimizer), cfg.dataloader.train.dataset.share
+    optimizer, dataset = instantiate(cfg.optimizer), cfg.dataloader.train.dataset
+    train_share, crowds = dataset.share, dataset.get("crowds", "ignored")
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
@@ -203,6 +204,7 @@ def numbers_of(cfg):
         jitter_scale=(scale.min_scale, scale.max_scale),
         flip=flip.prob,
         train_share=train_share,
+        crowds=crowds,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         keep_special_tokens=pyramid.net.options.keep_special_tokens,

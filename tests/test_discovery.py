@@ -301,6 +301,18 @@ def test_coco(tmp_path):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 1 has the bbox \[1, 2, 3\]"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]), "annotation 1 has the bbox"),
         (lambda c: c["annotations"][0].update(bbox="box"), "annotation 1 has the bbox"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[10**400, 0, 1, 1]),
+            r"annotation 1 has the bbox \[1000.*\.\.\.",
+        ),
+        (lambda c: c["annotations"][0].update(bbox=[1e308, 0, 1e308, 1]), "annotation 1 has the bbox"),
+        (lambda c: c["annotations"][0].update(iscrowd="no"), "annotation 1 has the iscrowd 'no': not 0 or 1"),
+        (lambda c: c["annotations"][0].update(iscrowd=-1), "annotation 1 has the iscrowd -1"),
+        (lambda c: c["annotations"][0].update(image_id=10**400), r"of image 1000.*\.\.\., which"),
+        (
+            lambda c: c["images"][0].update(file_name="a\nb.png"),
+            r"the file_name 'a\\nb.png', which is no file",
+        ),
         (lambda c: c["annotations"][0].update(image_id=7), "an annotation is of image 7"),
         (lambda c: c["images"][0].update(file_name="../../secret.png"), "which is no file of the set"),
         (lambda c: c["images"][0].pop("id"), "whose id is None"),

@@ -32,6 +32,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
     add("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
+    told = "iscrowd 1: left out, as COCO does, or taken as objects (%(default)s)"
+    add("--crowds", default="ignored", choices=("ignored", "objects"), help=told)
     add("--checkpointing", action="store_true", help="less memory: the backward pass computes blocks again")
     add("--compile", action="store_true", help="torch.compile of the blocks")
     add("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
@@ -45,6 +47,10 @@ def main(arguments: list[str]) -> None:
         if words:
             told = f"{options['output']} has its settings already"
             raise UserError(f"--eval-only: {told}, leave out {' '.join(words)}")
+        if options["crowds"] != "ignored":
+            raise UserError(
+                f"--eval-only: {options['output']} says itself what its crowds are; leave out --crowds"
+            )
         evaluate(**{key: options[key] for key in ("data", "output", "engine", "device", "workers")})
         return
     fields, model_kwargs = fields_and_kwargs(words)

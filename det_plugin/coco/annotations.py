@@ -11,17 +11,21 @@ What is allowed, and how it is used:
   object that has no others is not learned (training) and not found as a mask (evaluation);
 * boxes and polygons that leave the image: training uses the part inside, evaluation uses them as annotated;
 * a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is
-  filled in.
+  filled in. An ``area`` that is no number from 0 to :data:`LARGEST_PX` is replaced by the mask's, or without
+  a mask the box's, and that is said; line breaks and the like in a category's name become spaces.
 
-These are errors that name the entry: an id that is no integer or stands twice; an unknown image or category
+With ``crowds="objects"``, annotations with ``iscrowd`` 1 are objects like others: CVAT marks every mask so.
+
+These are errors that name the entry: an id that is no integer, is too large or stands twice; an ``iscrowd``
+that is neither 0 nor 1 (:func:`pretrain.data.box_sets.is_crowd`); an unknown image or category
 id; no mask (Mask R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover
-its image; a ``file_name`` that is missing or leads out of the folder; an image that is missing,
-or of another size than stated; an unreadable image of the validation (by its header, or a JPEG or PNG without
+its image; polygons that are too far, too long or cross themselves too often to be computed with; a
+``file_name`` that is missing, has a line break or leads out of the folder; an image that is missing, or of
+another size than stated; an unreadable image of the validation (by its header, or a JPEG or PNG without
 its end). Training takes others in place of unreadable images and names them, up to a tenth of all
 (:mod:`pretrain.data.broken`).
 """
 
-import math
 import os
 import pickle
 from collections import Counter
@@ -35,18 +39,25 @@ import numpy as np
 from PIL import Image
 
 from det_plugin.coco.layout import locate
-from det_plugin.coco.masks import Segmentation, as_rle, coco_api
+from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
 from det_plugin.protocol import DetectionProtocol, n_share
+from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
+from pretrain.log import log
+from pretrain.settings import shown
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 SHARE_SEED = 0
-FARTHEST_PX = 1e6  # a polygon's points from the corner; pycocotools walks along every edge
+# What a polygon may have: pycocotools walks along every edge, and shapely computes every crossing (a second)
+LONGEST_PX, MOST_CROSSINGS, FEW_POINTS = 1e7, 100_000, 500
+LARGEST_ID = 2**53  # COCOeval keeps ids as floats
+LARGEST_PX = 1e10  # COCOeval leaves out objects of a larger area
+MOST_CROWDS = 0.1  # of a category's annotations; a larger share is told (ours: in COCO, crowds are rare)
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
 HEADER_READERS = 16
 
@@ -90,6 +101,12 @@ class CocoSplit:
     pictures: Sequence[Picture]
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # lines about crowds, and about values that were replaced
+
+    def tell(self) -> None:
+        """Log the notes."""
+        for note in self.notes:
+            log(f"data: {self.file}: {note}")
 
     def load(self, picture: Picture) -> np.ndarray:
         """The pixels, [H, W, 3] uint8 RGB, upright.
@@ -149,18 +166,26 @@ class Data:
         Raises:
             UserError: a file is damaged, or the splits have different classes; names the file.
         """
-        classes = protocol.num_classes
-        train = read_split(data, "train", num_classes=classes, training=True, share=protocol.train_share)
-        val = read_split(data, "val", num_classes=classes, training=False)
+        how = dict[str, Any](num_classes=protocol.num_classes, crowds=protocol.crowds)
+        train = read_split(data, "train", training=True, share=protocol.train_share, **how)
+        val = read_split(data, "val", training=False, **how)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise UserError(f"data: {train.file} and {val.file} have different categories")
+        train.tell()
+        val.tell()
         train.check_headers(SHARE)
         val.check_headers()  # all are needed: figures of other images could not be compared
         return Data(train, val)
 
 
 def read_split(
-    data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0
+    data: str | Path,
+    split: str,
+    *,
+    num_classes: int | None,
+    training: bool,
+    share: float = 1.0,
+    crowds: str = "ignored",
 ) -> CocoSplit:
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
@@ -170,6 +195,7 @@ def read_split(
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
         share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
+        crowds: ``ignored`` | ``objects``.
 
     Raises:
         UserError: names the file, the entry and the problem.
@@ -178,6 +204,7 @@ def read_split(
     file, content = files.annotations, read_json(files.annotations)
     try:
         names = _categories(content)
+        notes = _notes(content, names, crowds)
         pictures = _pictures(content, {id: k for k, id in enumerate(names)}, training)
     except (KeyError, TypeError, AttributeError) as error:
         what = f"an entry is damaged or lacks {error}"
@@ -195,7 +222,7 @@ def read_split(
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
-    return CocoSplit(file, files.images, PackedList(pictures), tuple(names), tuple(names.values()))
+    return CocoSplit(file, files.images, PackedList(pictures), tuple(names), tuple(names.values()), notes)
 
 
 def read_classes(data: str | Path, split: str) -> dict[int, str]:
@@ -212,11 +239,12 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
         raise UserError(f"data: {file}: its categories are damaged: {error}") from error
 
 
-def read_truth(file: Path) -> dict[str, Any]:
+def read_truth(file: Path, crowds: str = "ignored") -> dict[str, Any]:
     """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
-    are filled in, names are unique, and an object without a polygon of three points has an empty mask.
+    are filled in or mended, names are unique, and an object without a polygon of three points has an empty
+    mask. ``crowds`` as in :func:`read_split`, whose checks the file must have passed.
     """
     content = read_json(file)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -225,11 +253,17 @@ def read_truth(file: Path) -> dict[str, Any]:
     truth = []
     for annotation in content["annotations"]:
         height, width = sizes[annotation["image_id"]]
-        masks = _segmentation(annotation, width, height)
-        masks = masks or {"size": [height, width], "counts": [height * width]}
-        whole = {"iscrowd": 0, **annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
-        if "area" not in annotation:
-            whole["area"] = float(coco_api().mask.area(as_rle(masks, height, width)))
+        _mend_crowd(annotation, crowds)
+        found = _segmentation(annotation, width, height)
+        masks = found or {"size": [height, width], "counts": [height * width]}
+        whole = {**annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
+        if not _is_area(annotation.get("area")):
+            own = (
+                coco_api().mask.area(as_rle(masks, height, width))
+                if found
+                else np.prod(annotation["bbox"][2:])
+            )
+            whole["area"] = max(float(own), 0.0)
         truth.append(whole)
     return {**content, "annotations": truth}
 
@@ -253,7 +287,13 @@ def _categories(content: Mapping[str, Any]) -> dict[int, str]:
     _check_ids("category", entries)
     if not entries:
         raise ValueError("it has no categories")
-    names, times = {c["id"]: str(c["name"]) for c in entries}, Counter(str(c["name"]) for c in entries)
+    for entry in entries:
+        if isinstance(entry["name"], list | dict):
+            raise ValueError(f"the category {entry['id']} has the name {shown(entry['name'])}: no text")
+    names = {
+        c["id"]: "".join(" " if breaks_line(letter) else letter for letter in str(c["name"])) for c in entries
+    }
+    times = Counter(names.values())
     return {id: names[id] if times[names[id]] == 1 else f"{names[id]} ({id})" for id in sorted(names)}
 
 
@@ -261,7 +301,9 @@ def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
     seen = set[int]()
     for entry in entries:
         if type(entry["id"]) is not int:
-            raise ValueError(f"the {what} id {entry['id']!r} is no integer")
+            raise ValueError(f"the {what} id {shown(entry['id'])} is no integer")
+        if abs(entry["id"]) > LARGEST_ID:
+            raise ValueError(f"the {what} id {shown(entry['id'])} is larger than 2 ** 53")
         if entry["id"] in seen:
             raise ValueError(f"it has {'an' if what[0] in 'ai' else 'a'} {what} id twice: {entry['id']}")
         seen.add(entry["id"])
@@ -269,22 +311,25 @@ def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training: bool) -> list[Picture]:
     _check_ids("image", content["images"])
-    _check_ids("annotation", content["annotations"])
     objects: dict[int, list[tuple[int, Segmentation]]] = {}
     sizes = {}
     for image in content["images"]:
         width, height = image["width"], image["height"]
-        if not (type(width) is type(height) is int and min(width, height) > 0):
-            raise ValueError(f"image {image['id']} is {width!r} x {height!r} pixels")
+        if not (
+            type(width) is type(height) is int and 0 < min(width, height) <= max(width, height) <= FARTHEST_PX
+        ):
+            raise ValueError(f"image {image['id']} is {shown(width)} x {shown(height)} pixels")
         objects[image["id"]], sizes[image["id"]] = [], (width, height)
     for annotation in content["annotations"]:
         image_id, category = annotation["image_id"], annotation["category_id"]
         if image_id not in objects or category not in class_of:
-            name = f"image_id {image_id}" if image_id not in objects else f"category_id {category}"
+            name = (
+                f"image_id {shown(image_id)}" if image_id not in objects else f"category_id {shown(category)}"
+            )
             raise ValueError(f"annotation {annotation['id']} has the unknown {name}")
         segmentation = _segmentation(annotation, *sizes[image_id])
         has_extent = min(annotation["bbox"][2:]) > 0 and segmentation
-        if not annotation.get("iscrowd", 0) and (has_extent or not training):
+        if not annotation["iscrowd"] and (has_extent or not training):
             objects[image_id].append((class_of[category], segmentation))
     return [
         Picture(id, _file_name(image), *sizes[id], *(zip(*objects[id]) if objects[id] else ()))
@@ -293,13 +338,65 @@ def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training:
     ]
 
 
+def _mend_crowd(annotation: dict[str, Any], crowds: str) -> bool:
+    """Set ``iscrowd`` to 0 or 1, where crowds count as objects to 0; whether it says that this is a crowd."""
+    try:
+        found = is_crowd(annotation)
+    except ValueError as error:
+        raise ValueError(f"annotation {annotation['id']} has {error}") from None
+    annotation["iscrowd"] = int(found and crowds == "ignored")
+    return found
+
+
+def _is_area(area: Any) -> bool:
+    return type(area) in (int, float) and 0 <= area <= LARGEST_PX
+
+
+def _notes(content: Mapping[str, Any], names: Mapping[int, str], crowds: str) -> tuple[str, ...]:
+    """Lines about areas and crowds; :func:`_mend_crowd` of all annotations."""
+    _check_ids("annotation", content["annotations"])
+    all_own, found, notes, mended = Counter[Any](), Counter[Any](), [], []
+    ordinary = set[Any]()  # categories with an RLE that is no crowd
+    for annotation in content["annotations"]:
+        category = annotation["category_id"]
+        all_own[category] += 1
+        if _mend_crowd(annotation, crowds):
+            found[category] += 1
+        elif isinstance(annotation.get("segmentation"), dict):
+            ordinary.add(category)
+        if "area" in annotation and not _is_area(annotation["area"]):
+            mended.append(f"the first: {shown(annotation['area'])} of annotation {annotation['id']}")
+    if mended:
+        notes.append(
+            f"{len(mended)} areas are no number of pixels ({mended[0]}); the mask's or box's are used"
+        )
+    n, of = found.total(), f"of {all_own.total()} annotations are crowds (iscrowd 1)"
+    if n and crowds == "objects":
+        notes.append(f"{n} {of}, taken as objects")
+    elif n:
+        notes.append(f"{n} {of}: left out of training, and ignored regions in evaluation")
+        many = [k for k in all_own if found[k] > MOST_CROWDS * all_own[k] and k not in ordinary]
+        if many:
+            told = ", ".join(f"{shown(names.get(k, k))} {found[k]} of {all_own[k]}" for k in many[:5])
+            rest = f" and {len(many) - 5} more" if len(many) > 5 else ""
+            hint = "if these are objects, as in CVAT's exports, give --crowds objects"
+            notes.append(f"warning: all RLEs of some categories are crowds ({told}{rest}); {hint}")
+    return tuple(notes)
+
+
 def _file_name(image: Mapping[str, Any]) -> str:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"image {image['id']} has no file_name")
+    if any(map(breaks_line, name)):
+        raise ValueError(
+            f"image {image['id']}: the file_name {shown(name)} has a line break or the like; rename"
+        )
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"image {image['id']}: the file_name {name!r} leads out of the folder of images")
+        raise ValueError(
+            f"image {image['id']}: the file_name {shown(name)} leads out of the folder of images"
+        )
     return name
 
 
@@ -311,26 +408,43 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
     """
     box, value, who = annotation["bbox"], annotation.get("segmentation"), f"annotation {annotation['id']}"
     try:
-        if len(box) != 4 or not math.isfinite(sum(box)):
+        if len(box) != 4 or not max(map(abs, box)) <= FARTHEST_PX or sum(box) != sum(box):
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(f"{who} has the bbox {box!r}: not x, y, width, height") from None
+        raise ValueError(f"{who} has the bbox {shown(box)}: not x, y, width, height") from None
     if not value:
-        if min(box[2:]) > 0 and not annotation.get("iscrowd", 0):
+        if min(box[2:]) > 0 and not annotation["iscrowd"]:
             what = "Mask R-CNN learns from masks, boxes alone are not enough"
             raise ValueError(f"{who} lacks 'segmentation': {what}")
         return []
     if isinstance(value, dict):
         return _rle(value, width, height, who)
+    lengths = list[float]()
     try:
         for polygon in value:
-            is_far = polygon and max(map(abs, polygon)) > FARTHEST_PX
-            if len(polygon) % 2 or is_far or not math.isfinite(sum(polygon)):
+            far = max(map(abs, polygon)) if polygon else 0
+            if len(polygon) % 2 or far > FARTHEST_PX or sum(polygon) != sum(polygon):
                 raise ValueError
+            lengths.append(far * len(polygon))  # at least that of its outline, along x or y
     except (TypeError, ValueError):
         what = "a segmentation that is no polygons (x, y in turn, in pixels) and no RLE"
         raise ValueError(f"{who} has {what}") from None
+    _check_cost(
+        [polygon for polygon, px in zip(value, lengths) if px > LONGEST_PX or len(polygon) > 2 * FEW_POINTS],
+        who,
+    )
     return [polygon for polygon in value if len(polygon) >= 6]
+
+
+def _check_cost(polygons: list[list[float]], who: str) -> None:
+    """Refuse polygons that would keep pycocotools or shapely busy for minutes."""
+    for polygon in polygons:
+        xy = np.asarray(polygon, np.float64).reshape(-1, 2)
+        length = np.abs(xy - np.roll(xy, 1, axis=0)).max(axis=1).sum()
+        times = crossings(xy) if len(xy) > FEW_POINTS else 0
+        if length > LONGEST_PX or times > MOST_CROSSINGS:
+            told = f"{len(xy)} points, {length:.0f} pixels long, that crosses itself about {times} times"
+            raise ValueError(f"{who} has a polygon of {told}, which is no outline; mend or remove it")
 
 
 def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
@@ -343,9 +457,11 @@ def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{who} has a segmentation that is no polygons and no RLE (size, counts)") from None
     if size != [height, width]:
-        raise ValueError(f"{who} has an RLE of size {size}, but its image is {height} high and {width} wide")
+        raise ValueError(
+            f"{who} has an RLE of size {shown(size)}, but its image is {height} high and {width} wide"
+        )
     if sum(runs) != height * width:
-        raise ValueError(f"{who} has an RLE of {sum(runs)} pixels, but its image has {height * width}")
+        raise ValueError(f"{who} has an RLE of {shown(sum(runs))} pixels, but its image has {height * width}")
     return rle
 
 

@@ -8,6 +8,7 @@ converted.
   relative to that file.
 """
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def _named(file: Path, split: str) -> CocoFiles:
         raise UserError(f"data: {file} is neither a folder nor a .yaml file with {example}")
     try:
         content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"data: {file} is no YAML ({' '.join(str(error).split())})") from error
     entry: Any = content.get(split) if isinstance(content, dict) else None
     kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
     if kinds != {"annotations": str, "images": str}:
-        raise UserError(f"data: {file} must hold {example}, not {split}: {entry!r}")
+        raise UserError(f"data: {file} must hold {example}, not {split}: {reprlib.repr(entry)}")
     return CocoFiles(file.parent / entry["annotations"], file.parent / entry["images"])

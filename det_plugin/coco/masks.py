@@ -84,6 +84,22 @@ def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
     return [np.asarray(p.exterior.coords)[:-1].ravel() for p in parts]  # the last point repeats the first
 
 
+def crossings(xy: np.ndarray) -> int:
+    """About how often a closed outline [N, 2] crosses itself, from a hundred of its edges.
+
+    Raises:
+        UserError: shapely is not installed.
+    """
+    try:
+        from shapely import STRtree, linestrings
+    except ImportError as error:
+        raise UserError("shapely is not installed: pip install posfield[det]") from error
+    edges = linestrings(np.stack([xy, np.roll(xy, -1, axis=0)], axis=1))
+    some = edges[:: max(1, len(edges) // 100)]
+    met = STRtree(edges).query(some, predicate="intersects").shape[1] - 3 * len(some)  # itself, neighbors
+    return max(met, 0) * len(edges) // (2 * len(some))
+
+
 def boxes_of(masks: np.ndarray) -> np.ndarray:
     """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros if empty."""
     api = coco_api().mask

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from det_plugin.coco.annotations import read_truth
+from det_plugin.coco.annotations import CocoSplit, read_truth
 from det_plugin.coco.masks import coco_api
+from pretrain.distributed import is_main
+from pretrain.errors import UserError
 
 Prediction = dict[str, Any]  # category_id, bbox (x, y, width, height), score, segmentation (RLE), image_id
 # Our names of what COCOeval.stats holds first.
@@ -16,17 +18,18 @@ SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
-def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, Any]:
+def coco_metrics(annotations: Path, predictions: list[Prediction], crowds: str = "ignored") -> dict[str, Any]:
     """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` /
     ``_large``, ``box_ap_classes`` (by name), and the same for masks. Metrics without ground truth are left
     out.
 
     Args:
         annotations: COCO instances file.
+        crowds: ``ignored`` | ``objects``.
     """
     metrics: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _indexed(read_truth(annotations))
+        truth = _indexed(read_truth(annotations, crowds))
         for kind, iou_type in KINDS.items():
             evaluation = coco_api().COCOeval(truth, _results(truth, predictions, iou_type), iou_type)
             evaluation.evaluate()
@@ -42,6 +45,23 @@ def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, 
                 name: 100 * float(p.mean()) for name, p in by_class.items() if p.max(initial=-1) > -1
             }
     return metrics
+
+
+def check_evaluation(split: CocoSplit, crowds: str) -> None:
+    """Evaluate empty predictions on the main process: what breaks the metrics shows before a training.
+
+    Raises:
+        UserError: COCO's code cannot evaluate the file; names it.
+    """
+    if not is_main():
+        return
+    try:
+        coco_metrics(split.file, [], crowds)
+    except UserError:
+        raise
+    except Exception as error:  # pycocotools raises whatever comes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"data: {split.file} cannot be evaluated ({reason}); mend that entry") from error
 
 
 def _indexed(content: dict[str, Any]) -> Any:

@@ -37,7 +37,12 @@ def coco_root(root: str | Path | None) -> Path:
 
 
 def coco_dicts(
-    root: str | Path | None, split: str, num_classes: int, filter_empty: bool, share: float = 1.0
+    root: str | Path | None,
+    split: str,
+    num_classes: int,
+    filter_empty: bool,
+    share: float = 1.0,
+    crowds: str = "ignored",
 ) -> list[dict[str, Any]]:
     """Detectron2's standard dicts of a split.
 
@@ -45,17 +50,21 @@ def coco_dicts(
         num_classes: of the model; the data must have as many categories.
         filter_empty: leave out images and objects that nothing can be learned from.
         share: of the images to use; every run uses the same ones.
+        crowds: ``ignored`` | ``objects``.
 
     Raises:
         UserError: as :func:`det_plugin.coco.annotations.read_split`.
     """
-    found = read_split(coco_root(root), split, num_classes=num_classes, training=filter_empty, share=share)
+    how = dict[str, Any](num_classes=num_classes, training=filter_empty, share=share, crowds=crowds)
+    found = read_split(coco_root(root), split, **how)
     return [_standard_dict(found, picture) for picture in found.pictures]
 
 
-def train_images(root: str | Path | None, num_classes: int, share: float) -> int | None:
+def train_images(
+    root: str | Path | None, num_classes: int, share: float, crowds: str = "ignored"
+) -> int | None:
     """How many images training uses; None on a machine that only has the data for evaluation."""
-    how = dict[str, Any](num_classes=num_classes, training=True, share=share)
+    how = dict[str, Any](num_classes=num_classes, training=True, share=share, crowds=crowds)
     try:
         return len(read_split(coco_root(root), "train", **how).pictures)
     except UserError:

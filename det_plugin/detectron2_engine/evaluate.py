@@ -69,6 +69,7 @@ class ResultEvaluator(DatasetEvaluator):
         classes: Mapping[int, str] | None = None,
     ) -> None:
         self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
+        self.crowds = str(overrides.get("crowds", "ignored"))
         self.category_ids = list(read_classes(coco_root(root), "val"))
         self.found: list[Prediction] = []
         self.metrics: dict[str, Any] = {}  # of the last evaluation, by our names
@@ -89,13 +90,14 @@ class ResultEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
-        metrics = self.metrics = coco_metrics(self.file, found)
+        metrics = self.metrics = coco_metrics(self.file, found, self.crowds)
         cfg = saved.load_config(self.folder, saved.ASKED)
         if has_event_storage():
             LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
             share = cfg.dataloader.train.dataset.get("share", 1.0)
-            trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
+            how = cfg.model.roi_heads.num_classes, share, self.crowds
+            trained_on = train_images(cfg.dataloader.root, *how)
             images = trained_on, len(read_json(self.file)["images"])
             _leave_result(cfg, metrics, images, self.folder)
         log(in_words(metrics))

@@ -211,10 +211,11 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
     """Large-scale jitter in training, one size in testing. Data are read when the loaders are built."""
     size = p.image_size_px
+    crowds = {} if p.crowds == "ignored" else {"crowds": p.crowds}  # older configs have no such key
 
     def dataset(split: str, **how: Any) -> DictConfig:
         return L(coco_dicts)(
-            root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how
+            root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how, **crowds
         )
 
     jitter = [

@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from det_plugin import loop
-from det_plugin.coco.annotations import Data, read_classes
+from det_plugin.coco.annotations import Data, read_classes, read_split
+from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate
 from det_plugin.detectron2_engine.lazy import config
@@ -57,7 +58,8 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     cfg.dataloader.evaluator.accumulate = run.accumulate
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
-    Data.read(run.data, recipe)  # finds damage before the first iteration
+    data = Data.read(run.data, recipe)  # finds damage before the first iteration
+    check_evaluation(data.val, recipe.crowds)
     # All ranks look before a file is written; one decides
     if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
@@ -84,6 +86,11 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
         raise UserError(f"{output}: no checkpoint to evaluate")
     if saved.classes_in(cfg) != read_classes(data, "val"):
         raise UserError(f"data: {data} has other categories than those that {output} was trained on")
+    recipe = saved.protocol_in(cfg)
+    how = dict[str, Any](num_classes=None, training=False, crowds=recipe.crowds)
+    split = read_split(data, "val", **how)
+    split.tell()
+    check_evaluation(split, recipe.crowds)
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(data), str(output), on
     cfg.dataloader.test.num_workers = workers
     cfg.train.init_checkpoint = str(last)

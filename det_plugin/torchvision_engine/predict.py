@@ -179,4 +179,4 @@ def evaluate(
     if not is_main():
         return {}, predictions
     write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
-    return coco_metrics(split.file, predictions), predictions
+    return coco_metrics(split.file, predictions, protocol.crowds), predictions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.coco.annotations import Data, read_split
-from det_plugin.coco.metrics import in_words
+from det_plugin.coco.metrics import check_evaluation, in_words
 from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
@@ -44,6 +44,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     check_seen(run.output)
     trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
+    check_evaluation(data.val, run.protocol.crowds)
     config = folder.resolved_config(run, trainer.vit, data.train)
     origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
     is_done = folder.is_over(run.output, config, resume)
@@ -86,7 +87,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     distributed.start(on.type)
     model, config, iteration = load_model(output)
     protocol = folder.protocol_of(config)
-    split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
+    how = dict[str, Any](num_classes=protocol.num_classes, training=False, crowds=protocol.crowds)
+    split = read_split(data, "val", **how)
+    split.tell()
+    check_evaluation(split, protocol.crowds)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
     total = len(split.pictures)

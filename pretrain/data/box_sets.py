@@ -6,6 +6,7 @@ include the last one, so 1 is subtracted from the first corner. Difficult and tr
 """
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from numpy.typing import NDArray
 from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
+from pretrain.settings import shown
 
 MAX_XML_BYTES = 2**22
+FARTHEST_PX = 1e6  # of a box's corner from the image's
+FLAGS = {"1": True, "1.0": True, "true": True} | dict.fromkeys(("0", "0.0", "false", "none", ""), False)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -137,9 +141,13 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
     for entry in content["annotations"]:
         image = _whole(file, entry, "annotations", "image_id")
         if image not in boxes:
-            raise UserError(f"{file}: an annotation is of image {image}, which is none of its images")
+            raise UserError(f"{file}: an annotation is of image {shown(image)}, which is none of its images")
         box = _coco_box(file, entry)
-        if not entry.get("iscrowd"):
+        try:
+            is_left_out = is_crowd(entry)
+        except ValueError as error:
+            raise UserError(f"{file}: annotation {shown(entry.get('id'))} has {error}") from error
+        if not is_left_out:
             boxes[image].append(box)
     by_name = {path.stem: id for id, path in files.items()}
     if absent := set(names or ()) - set(by_name):
@@ -148,18 +156,42 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
     return [BoxedImage(files[id], np.array(boxes[id], np.float64)) for id in chosen if boxes[id]]
 
 
+def is_crowd(entry: Mapping[str, Any]) -> bool:
+    """Whether a COCO annotation is of a crowd: ``iscrowd`` is 1 or true, as a number or as text.
+
+    Raises:
+        ValueError: it is neither that, nor 0, false, null, empty or absent.
+    """
+    value = entry.get("iscrowd")
+    flag = FLAGS.get(str(value).strip().lower()) if isinstance(value, str | int | float | None) else None
+    if flag is None:
+        raise ValueError(f"the iscrowd {shown(value)}: not 0 or 1")
+    return flag
+
+
+def breaks_line(letter: str) -> bool:
+    """Whether a character breaks a line, controls a terminal or cannot be written (a lone surrogate)."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
+
+
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
     value = entry.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{file}: {where} has an entry whose {key} is {value!r}, no whole number")
+        raise UserError(f"{file}: {where} has an entry whose {key} is {shown(value)}, no whole number")
     return value
 
 
 def _name(file: Path, image: Mapping[str, Any]) -> str:
     """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        told = f"image {image['id']} has the file_name {name!r}"
+    if (
+        not isinstance(name, str)
+        or not name
+        or any(map(breaks_line, name))
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+    ):
+        told = f"image {shown(image['id'])} has the file_name {shown(name)}"
         raise UserError(f"{file}: {told}, which is no file of the set")
     return name
 
@@ -167,9 +199,9 @@ def _name(file: Path, image: Mapping[str, Any]) -> str:
 def _coco_box(file: Path, entry: Mapping[str, Any]) -> list[float]:
     box = entry.get("bbox")
     given = box if isinstance(box, list) else []
-    numbers = [v for v in given if isinstance(v, int | float) and math.isfinite(v)]
+    numbers = [v for v in given if isinstance(v, int | float) and abs(v) <= FARTHEST_PX]
     if not len(numbers) == len(given) == 4 or min(numbers[2:]) < 0:
-        told = f"annotation {entry.get('id')} has the bbox {box!r}"
+        told = f"annotation {entry.get('id')} has the bbox {shown(box)}"
         raise UserError(f"{file}: {told}, which is no (x, y, width, height)")
     x, y, width, height = numbers
     return [float(round(value)) for value in (x, y, x + width, y + height)]
