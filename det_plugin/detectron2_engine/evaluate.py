@@ -90,7 +90,7 @@ class ResultEvaluator(DatasetEvaluator):
             return {}
         write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
         metrics = self.metrics = coco_metrics(self.file, found)
-        cfg = saved.load_config(self.folder, saved.ASKED)
+        cfg = saved.load_config(self.folder, saved.ASKED, trust=True)  # the launcher has just written it
         if has_event_storage():
             LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:

@@ -107,11 +107,16 @@ def last_whole(folder: Path) -> Path | None:
     """A run's last checkpoint, or None. One that cannot be read is skipped and named on stderr.
 
     Raises:
-        UserError: there are checkpoints, but none can be read.
+        UserError: there are checkpoints, but none can be read; ``last_checkpoint`` names no ``.pth`` of the folder,
+            which Detectron2 would fetch or unpickle.
     """
     if not (folder / LAST).is_file():
         return None
-    last = folder / (folder / LAST).read_text().strip()
+    name = (folder / LAST).read_text(encoding="utf-8", errors="replace").strip()
+    if Path(name).name != name or not name.endswith(".pth") or not name.isprintable():
+        told = "should name a *.pth in its folder"
+        raise UserError(f"{folder / LAST} {told}, not {name[:80]!r}; write the name of one there")
+    last = folder / name
     files = sorted(folder.glob("model_*.pth"), reverse=True)
     for file in dict.fromkeys([last, *files]):
         try:
