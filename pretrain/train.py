@@ -165,7 +165,7 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     if not {"config", "n_images", "progress"} <= found.meta.keys():
         raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
     try:
-        saved = from_saved(with_method_of(config, found.meta["config"]))
+        saved = from_saved(with_method_of(config, found.meta["config"]), config.method)
     except UserError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
     free = keys_where(type(config), "fixed", False)
