@@ -42,7 +42,7 @@ class AccumulatingTrainer(SimpleTrainer):
         amp: bool,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self.accumulate, self.amp, self.started = accumulate, amp, time.time()
+        self.accumulate, self.amp, self.started = accumulate, amp, time.monotonic()
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp)
         self.last: dict[str, float] = {}  # losses and learning rate of the last step, by Detectron2's names
 
@@ -77,7 +77,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
-        own = {"last": self.last, "wall_time_s": time.time() - self.started}
+        own = {"last": self.last, "wall_time_s": time.monotonic() - self.started}
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
