@@ -6,6 +6,7 @@ A run that deviates from its protocol says so wherever it is shown: :attr:`Proto
 import json
 import math
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
@@ -213,8 +214,6 @@ def planned(**fields: Any) -> None:
 
 def finished(**fields: Any) -> Result:
     """The result of a run that is over. What cannot be written is left out and named, since the work is done."""
-    from pretrain.log import log  # with torch, which no table needs
-
     left: list[str] = []
     clean = {key: _writable(value, key, left) for key, value in fields.items()}
     for key in ("effective_epochs", "peak_memory_mib"):
@@ -229,7 +228,7 @@ def finished(**fields: Any) -> Result:
         if not isinstance(metrics[name], int | float) or not 0 <= metrics[name] <= 100:
             left.append(f"metrics.{name}={metrics.pop(name)!r} is no percentage")
     for told in left:
-        log(f"warning: {FILE_NAME} is written without this: {told}")
+        print(f"warning: {FILE_NAME} is written without this: {told}", file=sys.stderr)
     return Result(**clean)
 
 
