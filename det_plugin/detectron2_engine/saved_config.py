@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML of plain values, and of tuples, which Detectron2 writes."""
 
 
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml_seq)
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml_seq)  # type: ignore[type-var]
 
 
 def _as_data(path: Path) -> DictConfig:
