@@ -60,7 +60,7 @@ def fit(
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
-        started: ``time.time()`` at the run's start, less its interruptions.
+        started: ``time.monotonic()`` at the run's start, less its interruptions.
 
     Returns:
         the last evaluation's metrics.
@@ -155,7 +155,7 @@ class Log:
         """Save a checkpoint, once the lines of earlier iterations are on disk."""
         self.metrics.flush()
         with self.speed.paused():
-            self.engine.save(terms, time.time() - self.started)
+            self.engine.save(terms, time.monotonic() - self.started)
         self.saved_s = time.monotonic()
 
     def close(self) -> None:

@@ -104,18 +104,20 @@ class Detector:
         return self.batch(images) if len(images) else []
 
 
-def load_detector(run: str | Path, device: str = "auto") -> Detector:
+def load_detector(run: str | Path, device: str = "auto", trust: bool = False) -> Detector:
     """Load the last checkpoint of a run folder. The backbone's file is not needed.
 
     Args:
         run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``mps``.
+        trust: build whatever a Detectron2 run's config names, where that is more than our runs leave.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint, or Detectron2 is needed and not installed.
+        UserError: the folder holds no run or no checkpoint, its config would run code, or Detectron2 is needed and not installed.
     """
     on, engine = choose_device(device), engine_of(Path(run))
     if engine is None:
         files = " nor ".join(CONFIGS.values())
         raise UserError(f"{run} is no folder of a detection run: it holds neither {files}")
-    return Detector(*importlib.import_module(f"det_plugin.{engine}_engine.predict").detector(Path(run), on))
+    of_engine = importlib.import_module(f"det_plugin.{engine}_engine.predict")
+    return Detector(*of_engine.detector(Path(run), on, trust))

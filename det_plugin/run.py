@@ -1,7 +1,6 @@
 """One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.provenance import provenance
-from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.results.schema import FILE_NAME, Protocol, finished, planned, write_result
 from pretrain.settings import as_dict
 
 # {engine: the config that its runs leave in their folders}
@@ -95,32 +94,45 @@ def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list
     return changed
 
 
+def metrics_to_come(classes: Iterable[str]) -> dict[str, Any]:
+    """What stands for a run's metrics at its start: those by class hold the names of the data's classes."""
+    return {"box_ap_classes": dict.fromkeys(classes, 0.0)}
+
+
 def leave_result(
     run: DetectionRun,
     metrics: Mapping[str, Any],
     changed: dict[str, list[Any]],
     *,
     origin: Mapping[str, Any],
-    started: float,
+    wall_time_s: float,
     hashed: Mapping[str, Any],
+    begins: bool = False,
 ) -> Path:
-    """Write ``result.json`` into the run's folder.
+    """Write ``result.json`` into the run's folder, or find out at the run's start whether it could be.
 
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         changed: the run's deviations.
         origin: :func:`origin_of` the weights, read before the training: the file may be gone after it.
-        started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
+        begins: the run only begins: nothing is written; the metrics stand for those to come.
+
+    Raises:
+        UserError: at the start: it could not be written.
     """
     recipe = run.protocol
-    result = Result(
-        kind="detection",
-        backbone=run.backbone,
-        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
-        metrics=dict(metrics),
-        seed=run.seed,
-        wall_time_s=time.time() - started,
-        **{**provenance(first_names({**run.settings(), **hashed})), **origin},
-    )
-    return write_result(result, run.output)
+    fields: dict[str, Any] = {
+        "kind": "detection",
+        "backbone": run.backbone,
+        "protocol": Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
+        "metrics": dict(metrics),
+        "seed": run.seed,
+        "wall_time_s": wall_time_s,
+        **provenance(first_names({**run.settings(), **hashed})),
+        **origin,
+    }
+    if begins:
+        planned(**fields)
+        return run.output / FILE_NAME
+    return write_result(finished(**fields), run.output)

@@ -13,7 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError
+from pretrain.errors import TRUST, UserError
+from pretrain.methods import SHIPPED as METHODS_SHIPPED
 from pretrain.methods import TrainSettings, find_method
 from pretrain.results.renamed import PRETRAINING
 from pretrain.results.schema import Protocol
@@ -86,15 +87,32 @@ def load_config(path: str | Path | None = None, words: Changes = ()) -> Any:
     return settings
 
 
-def from_saved(values: Mapping[str, Any]) -> Any:
-    """The settings that an earlier run saved; keys that its code did not know yet have their defaults.
+def load_saved(path: Path, words: Changes = (), trust: bool = False) -> Any:
+    """:func:`load_config` of a file in a run's folder, which may be a stranger's.
+
+    Args:
+        trust: import a method that is no shipped one.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: as :func:`load_config`; it names such a method.
+    """
+    if not trust:
+        read_layers(path, find_config, _without_code)
+    return load_config(path, words)
+
+
+def from_saved(values: Mapping[str, Any], trusted: str = "") -> Any:
+    """The settings that an earlier run saved; keys that its code did not know yet have their defaults.
+
+    Args:
+        trusted: a method that may be imported although it is no shipped one.
+
+    Raises:
+        UserError: they cannot be read, or name another method that is no shipped one.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"saved config: {type(values).__name__} is no mapping of keys")
-    layer = _modern(Layer("saved config", values))
+    layer = _modern(_without_code(Layer("saved config", values), trusted))
     return build(find_method(_method_in([layer])).Settings, [layer])
 
 
@@ -204,6 +222,15 @@ METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
 
 class _Renamed(Settings):
     renamed = PRETRAINING
+
+
+def _without_code(layer: Layer, trusted: str = "") -> Layer:
+    """The layer, unless its method would be imported from elsewhere."""
+    method = upgraded(_Renamed, layer.values).get("method", trusted)
+    known = (trusted, *METHODS, *METHODS_SHIPPED)
+    if isinstance(method, str) and method not in known:
+        raise UserError(f"config: {layer.name}: method={method!r} is code that would be run; {TRUST}")
+    return layer
 
 
 def _modern(layer: Layer) -> Layer:

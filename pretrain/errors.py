@@ -1,5 +1,9 @@
 """Exceptions that mean: the input is wrong, or the run was asked to stop; never that the program is wrong."""
 
+# The way on of an error that a run's folder holds more than data, and the option's help.
+TRUST = "if you trust whoever made it, read it with --trust (in Python: trust=True)"
+TRUST_HELP = "run the code that the run's folder holds or names: only for folders that you or yours made"
+
 
 class UserError(ValueError):
     """Bad input. The message is one line and names the offending file, key or value.

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pretrain import distributed
 from pretrain.errors import UserError
@@ -29,23 +30,44 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(folder) / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    is_new = not path.parent.exists()
+    with _held(path) as file:
+        file.truncate(0)
+        file.write(_me())
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            yield
+        finally:
+            path.unlink(
+                missing_ok=True
+            )  # still held: who has opened it meanwhile finds another file in its place
+            if is_new and not any(path.parent.iterdir()):  # nothing was begun
+                path.parent.rmdir()
+
+
+def _held(path: Path) -> IO[str]:
+    """The lock's file, open and locked; errors as :func:`run_lock`."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
+                who = file.read().strip() or "another process"
+                file.close()
                 raise UserError(
-                    f"{folder}: {file.read().strip() or 'another process'} is working there; wait for it, or choose another "
-                    "folder"
+                    f"{path.parent}: {who} is working there; wait for it, or choose another folder"
                 ) from error
-            log(f"{folder}: this file system has no locks; let one process at a time work there")
-        file.truncate(0)
-        file.write(_me())
-        file.flush()
-        os.fsync(file.fileno())
-        yield
+            log(f"{path.parent}: this file system has no locks; let one process at a time work there")
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder has removed it at its end: once more
 
 
 def check_seen(folder: str | Path) -> None:

@@ -24,7 +24,7 @@ from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
-from pretrain.results.schema import Result, read_result, write_result
+from pretrain.results.schema import finished, planned, read_result, write_result
 from pretrain.run_lock import check_seen, run_lock
 from pretrain.schedules import effective_epochs
 from pretrain.settings import as_dict, compared, flat, keys_where
@@ -166,7 +166,7 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     if not {"config", "n_images", "progress"} <= found.meta.keys():
         raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
     try:
-        saved = from_saved(with_method_of(config, found.meta["config"]))
+        saved = from_saved(with_method_of(config, found.meta["config"]), config.method)
     except UserError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
     free = keys_where(type(config), "fixed", False)
@@ -211,7 +211,7 @@ class Run:
         config = trainer.config
         self.config, self.trainer, self.dataset, self.signals = config, trainer, dataset, signals
         self.before, self.now = before, before
-        self.started, self.folder = time.time(), Path(config.run.output)
+        self.started, self.folder = time.monotonic(), Path(config.run.output)
         # of the whole run; of this rank since the last look
         self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()
         # losses not looked at yet, still on the device
@@ -224,6 +224,8 @@ class Run:
         # looked at now: at the end of the run the file may be gone
         weights = config.backbone.weights
         self.started_from = metadata(weights) if weights and is_main else {}
+        if is_main:
+            planned(**self.result(before))
         self.folder.mkdir(parents=True, exist_ok=True)
         log, is_sharded = config.log, trainer.ranks.is_sharded
         self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, is_sharded, log.async_checkpoints)
@@ -275,7 +277,7 @@ class Run:
         """Bring the losses since the last time to the host, refuse what is not finite, log the last ones."""
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
-        seconds = self.before.wall_time_s + time.time() - self.started
+        seconds = self.before.wall_time_s + time.monotonic() - self.started
         self.now = Totals(
             wall_time_s=seconds,
             losses=losses,
@@ -358,22 +360,26 @@ class Run:
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path, name = self.folder / "backbone.safetensors", config.backbone.name
         save_backbone(path, state, name=name, model_kwargs=backbone.model_kwargs, provenance=origin)
+        write_result(finished(**self.result(now, path)), self.folder)
+
+    def result(self, now: Totals, backbone: Path | None = None) -> dict[str, Any]:
+        """The fields of the run's :class:`Result`, from what it has come to and the file that it leaves."""
+        config, origin = self.config, self.origin()
         counts = {"img_per_s": now.img_per_s, "n_skipped": now.n_skipped}
         counts["broken_images"] = len(self.broken.files)
-        result = Result(
-            kind="pretrain",
-            method=run_name(config),
-            backbone=name,
-            effective_epochs=origin["effective_epochs"],
-            protocol=run_protocol(config, len(self.dataset)),
-            metrics={**now.losses, **now.probes, **counts},
-            seed=config.run.seed,
-            wall_time_s=now.wall_time_s,
-            loss_terms=now.loss_terms,
-            post_training=self.trainer.method.stage == "posttrain",
-            **provenance(without_paths(config), path),
-        )
-        write_result(result, self.folder)
+        return {
+            "kind": "pretrain",
+            "method": run_name(config),
+            "backbone": config.backbone.name,
+            "effective_epochs": origin["effective_epochs"],
+            "protocol": run_protocol(config, len(self.dataset)),
+            "metrics": {**now.losses, **now.probes, **counts},
+            "seed": config.run.seed,
+            "wall_time_s": now.wall_time_s,
+            "loss_terms": now.loss_terms,
+            "post_training": self.trainer.method.stage == "posttrain",
+            **provenance(without_paths(config), backbone),
+        }
 
     def origin(self) -> dict[str, Any]:
         """What the backbone says of itself: of this run alone; ``started_from`` tells of those before."""

@@ -6,10 +6,11 @@ a section. A config can change after it was made (``--cfg-options``, ``--amp``),
 from the config that runs.
 """
 
+import ast
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmengine.config import Config
 from pretrain.backbones.vit import SIZES
 from pretrain.build import network_kwargs
 from pretrain.data.datasets import LabelSet, MaskRule
-from pretrain.errors import UserError
+from pretrain.errors import TRUST, UserError
 from pretrain.results.provenance import config_hash
 from pretrain.settings import compared, replaced
 from seg_plugin import protocol as protocols
@@ -179,6 +180,99 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
         load_from=None,
         resume=False,
     )
+
+
+# --- a saved config -----------------------------------------------------------------------------------------
+
+
+def read_saved(path: Path, trust: bool = False) -> Config:
+    """The config that a run left. It is read as data, without running it: names with plain values.
+
+    What is built of it (the network, the pipelines) may hold other numbers than ours, but no other words: a
+    word can name any function or file.
+
+    Args:
+        trust: run the file as mmengine does, whatever it holds.
+
+    Raises:
+        UserError: it is no data; it holds other words; names the file and the key.
+    """
+    if trust:
+        return Config.fromfile(path)
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        values = {_assigned(line): _literal(line.value) for line in body if isinstance(line, ast.Assign)}
+        if len(values) != len(body):
+            raise ValueError("it holds more than names with values")
+        _check_words(values)
+        return Config({**values, "default_scope": "mmseg"})
+    except UserError as error:
+        raise UserError(f"run: {path}: {error}; {TRUST}") from error
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"run: {path} is no plain data ({told}); {TRUST}") from error
+
+
+def _assigned(line: ast.Assign) -> str:
+    if len(line.targets) != 1 or not isinstance(line.targets[0], ast.Name):
+        raise ValueError(f"line {line.lineno} is no name with a value")
+    return line.targets[0].id
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal; ``dict(key=value)`` is one, too."""
+    if isinstance(node, ast.Call):
+        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args:
+            raise ValueError(f"line {node.lineno} calls a function")
+        return {str(word.arg): _literal(word.value) for word in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _literal(v) for key, v in zip(node.keys, node.values) if key}
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [_literal(item) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
+    return ast.literal_eval(node)
+
+
+def _check_words(values: dict[str, Any]) -> None:
+    """What :func:`seg_plugin.predict.load_segmenter` and ``dataset_of_run`` build holds our words alone."""
+    recipe = protocol("ade20k-160k")
+    known = {"LoadAnnotations", "CheckLabels", "reduce_zero_label"}  # of earlier versions
+    for made in (_model(recipe, "vit_base_patch16", None, {}), _pipelines(recipe)):
+        known |= {word for _, word in _words(made, "")}
+    model = dict(values["model"])
+    backbone = dict(model.pop("backbone"))
+    parts = {"model": model, "test_pipeline": values["test_pipeline"]}
+    for name in ("train_dataloader", "val_dataloader"):
+        parts[f"{name}.dataset.pipeline"] = values[name]["dataset"]["pipeline"]
+    for part, value in parts.items():
+        for key, word in _words(value, part):
+            if word not in known:
+                raise UserError(f"{key} holds {word!r}, which no run of ours does")
+    odd = [key for key in backbone if key.startswith("_") or key == "init_cfg"]
+    if odd or backbone.get("type") != "PosfieldViT" or any(isinstance(v, Mapping) for v in backbone.values()):
+        key = f"model.backbone.{(odd or ['type'])[0]}"
+        raise UserError(f"{key} is not as a run of ours has it")
+
+
+def _words(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, word) of all keys and texts."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield f"{key}.{name}", name
+            yield from _words(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _words(item, f"{key}[{number}]")
+    elif isinstance(value, str):
+        yield key, value
 
 
 # --- what a config says -------------------------------------------------------------------------------------

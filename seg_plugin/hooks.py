@@ -28,7 +28,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.files import write_json
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
-from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.results.schema import Protocol, finished, planned, write_result
 from pretrain.signals import StopSignals
 from pretrain.weights import check_fit, origin_of
 from seg_plugin.config import deviations, given_model_kwargs, identity, label_sets, with_todays_data
@@ -74,7 +74,7 @@ class PosfieldRunHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Find out what this run is, and save it."""
-        self.started, self.skipped = time.time(), Skipped(Path(runner.work_dir))
+        self.started, self.skipped = time.monotonic(), Skipped(Path(runner.work_dir))
         backbone = _model(runner).backbone
         if self.origin and backbone.weights is None and not self.loaded:
             raise UserError(
@@ -87,9 +87,11 @@ class PosfieldRunHook(Hook):
         self.origin = {**self.origin, "model_kwargs": model_kwargs}
         cfg, size = runner.cfg, get_world_size()
         self.identity = identity(cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], size)
-        self.labels = label_sets(with_todays_data(cfg))["training"].description
+        labels = label_sets(with_todays_data(cfg))["training"]
+        self.labels = labels.description
         self.deviations = deviations(cfg, model_kwargs, size)
         if is_main_process():
+            planned(**self._result(runner, {"iou": dict.fromkeys(labels.classes, 0.0)}))
             self.folder = Path(runner.work_dir)
             self.log = self.folder / "metrics.jsonl"
             write_json(self.folder / SETTINGS_FILE, self.identity)
@@ -165,23 +167,27 @@ class PosfieldRunHook(Hook):
         draw_page(file, rows, dataset.metainfo, title=title, caption=caption)
         evaluators = runner.val_loop.evaluator.metrics
         per_class = next((metric.per_class for metric in evaluators if isinstance(metric, PosfieldIoU)), {})
+        metrics = {**self.metrics, "iou": per_class}
+        write_result(finished(**self._result(runner, metrics)), self.folder)
+
+    def _result(self, runner: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
         assert self.origin is not None
         name, version, changed = self.protocol["name"], self.protocol["version"], self.deviations
         whence = {key: self.origin[key] for key in ("method", "effective_epochs", "weights_hash")}
-        result = Result(
-            kind="segmentation",
-            backbone=runner.cfg.model.backbone.name,
-            protocol=Protocol(name=name, version=version, full=not changed, deviations=changed),
-            metrics={**self.metrics, "iou": per_class},
-            labels=self.labels,
-            seed=runner.seed,
-            wall_time_s=self._elapsed_s(),
-            **{**provenance(self.identity["settings"]), **whence},
-        )
-        write_result(result, self.folder)
+        return {
+            "kind": "segmentation",
+            "backbone": runner.cfg.model.backbone.name,
+            "protocol": Protocol(name=name, version=version, full=not changed, deviations=changed),
+            "metrics": dict(metrics),
+            "labels": self.labels,
+            "seed": runner.seed,
+            "wall_time_s": self._elapsed_s(),
+            **provenance(self.identity["settings"]),
+            **whence,
+        }
 
     def _elapsed_s(self) -> float:
-        return self.earlier_s + time.time() - self.started
+        return self.earlier_s + time.monotonic() - self.started
 
     def _log(self, line: Mapping[str, Any]) -> None:
         with open(self.log, "a", encoding="utf-8") as file:

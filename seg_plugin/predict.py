@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.runner.checkpoint import _load_checkpoint_to_model as load_checkpoint_to_model
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
 from PIL import Image
@@ -24,7 +24,7 @@ from pretrain.errors import UserError
 from pretrain.log import log
 from pretrain.results.runs import POINTS
 from pretrain.settings import replaced
-from seg_plugin.config import declared_protocol, with_todays_data
+from seg_plugin.config import declared_protocol, read_saved, with_todays_data
 from seg_plugin.data import PARTS, section
 
 
@@ -79,14 +79,16 @@ class Segmenter:
         return Segmentation(labels, self.classes)
 
 
-def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
+def load_segmenter(run: str | Path, device: str = "auto", trust: bool = False) -> Segmenter:
     """Load a run's newest checkpoint; beside its config no other file is needed.
 
     Args:
         device: ``auto`` | ``cpu`` | ``cuda``.
+        trust: run the folder's config as Python, where it is more than the data that our runs leave.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run; its config is more than data (:func:`seg_plugin.config.read_saved`);
+            its checkpoint holds more than tensors and plain values.
     """
     folder = Path(run)
     if (folder / POINTS).is_dir():
@@ -98,8 +100,16 @@ def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
     if len(configs) != 1:
         found = ", ".join(path.name for path in configs) or "none"
         raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
-    model: Any = init_model(Config.fromfile(configs[0]), str(checkpoint), device=str(choose_device(device)))
-    metainfo = dict(model.dataset_meta)
+    model, on = init_model(read_saved(configs[0], trust), device="cpu"), choose_device(device)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        metainfo = dict(state["meta"]["dataset_meta"])
+    except Exception as error:  # on damaged bytes the unpickler may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint: {checkpoint} is none of a segmentation run ({reason})") from error
+    load_checkpoint_to_model(model, state)
+    model.dataset_meta = state["meta"]["dataset_meta"]
+    model.to(on)
     first = int(metainfo.get("reduce_zero_label", False))  # of runs before version 0.2, which say no values
     metainfo.setdefault("values", range(first, first + len(metainfo["classes"])))
     return Segmenter(model, tuple(metainfo["classes"]), metainfo)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from recipe_fixture import CONFIGS
 from test_config import AS_WRITTEN
 from tool_fixture import TOOLS, ended
 
+from posfield import cli
 from pretrain.config import RECIPES, load_config, resolved
 from pretrain.methods import SHIPPED, find_method
 from pretrain.settings import fields, flat, json_schema, printed
@@ -140,3 +142,23 @@ def test_the_tool_prints_a_schema_that_the_configs_fit(name, capsys):
         assert any(isinstance(value, kinds[name]) for name in ([kind] if isinstance(kind, str) else kind)), (
             key
         )
+
+
+def test_an_empty_path_is_refused_by_every_command(monkeypatch, capsys):
+    """It would be the working folder. Texts that may be empty pass."""
+    reached = []
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda words: reached.append(name))
+    )
+    for name in cli.COMMANDS:
+        for words in (["--output", ""], ["--output="], ["--data", " "], ["--weights", "a", ""], [""]):
+            monkeypatch.setattr(sys, "argv", ["posfield", *name.split(), *words])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+            said = capsys.readouterr().err
+            option = words[0].partition("=")[0] or "arguments"
+            assert stopped.value.code == 2 and said.startswith(f"error: {option}: ") and "is empty" in said
+    assert not reached
+    monkeypatch.setattr(sys, "argv", ["posfield", "segment", "--void", "", "--map=", "--output", "run"])
+    cli.main()
+    assert reached == ["seg_plugin.cli.train"]

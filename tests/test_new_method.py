@@ -18,7 +18,8 @@ from runs_fixture import ROOT, differences, lines_of, tensors_of, train_on_ranks
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
-from pretrain.config import load_config, resolved, run_protocol
+from pretrain.cli.crops import main as crops
+from pretrain.config import from_saved, load_config, load_saved, resolved, run_protocol
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.methods import find_method
@@ -128,6 +129,24 @@ def test_a_method_on_a_command_line_lies_in_the_working_folder(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     config = load_config(None, ["method=mine.py"])
     assert config.method == str(tmp_path / "mine.py") and run_protocol(config, 8).label == "mine"
+
+
+def test_a_runs_folder_does_not_import_its_method_untold(tmp_path):
+    """Neither by its config, nor by a base of it, nor by the settings in a checkpoint."""
+    (tmp_path / "mine.py").write_text(f"print('code ran')\n{METHOD.read_text()}")
+    (tmp_path / "base.yaml").write_text("method: mine.py\n")
+    method = str(tmp_path / "mine.py")
+    for text in (f"method: {method}\n", "base: base.yaml\n", "run: {algorithm: os.path}\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        for read in (lambda: load_saved(tmp_path / "config.yaml"), lambda: crops([str(tmp_path)])):
+            with pytest.raises(UserError, match=r"is code that would be run; .* --trust") as error:
+                read()
+            assert "\n" not in str(error.value) and "posfield_method_mine" not in sys.modules
+    with pytest.raises(UserError, match="is code that would be run"):
+        from_saved({"method": method})
+    (tmp_path / "config.yaml").write_text("base: base.yaml\n")
+    assert load_saved(tmp_path / "config.yaml", trust=True).method == method
+    assert from_saved({"method": method}, method).method == method
 
 
 def test_the_loss_is_the_papers(folder):

@@ -9,6 +9,7 @@ import pytest
 import safety_net
 
 from pretrain.build import build_backbone
+from pretrain.errors import UserError
 from pretrain.results.render import FORMATS, render_all
 from pretrain.results.report import tables_of
 from pretrain.results.schema import read_result
@@ -119,3 +120,39 @@ def test_old_results_stand_in_the_tables(root):
         and "ade20k-160k, scaled down" in text
         and "Pre-training runs" in text
     )
+
+
+@pytest.mark.parametrize("package", [pytest.param("detectron2", marks=needs("detectron2"))])
+def test_a_detectron2_folder_is_read_as_data(package, tmp_path, capfd):
+    """An old one as it is; what would call, construct or unpickle something is refused before it does."""
+    from det_plugin.detectron2_engine.predict import load_model
+
+    folder = old_runs.create(tmp_path, "detectron2_stopped") / "detectron2_stopped"
+    load_model(folder)
+    file = folder / "config_resolved.yaml"
+    ours = file.read_text()
+    net = "_target_: detectron2.modeling.GeneralizedRCNN\n"
+    echo = "{_target_: os.system, command: echo code ran}"
+    for text, told in {
+        f"{ours}\nx: !!python/object/apply:os.system ['echo code ran']\n": "is no plain data",
+        ours.replace(
+            net, f"{net}  x: {echo}\n"
+        ): "model.x._target_='os.system' is no target of a run of ours",
+        ours.replace(net, f"_target_: {echo}\n"): "model._target_={",
+        ours.replace("norm: LN", "norm: ${oc.env:HOME}", 1): "'${oc.env:HOME}' is more than the name",
+        "- 1": "is no plain data",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_model(folder)
+        assert told in str(error.value) and "--trust" in str(error.value) and "\n" not in str(error.value)
+    file.write_text(f"{ours}\nx: !!python/object/apply:os.system ['echo trusted']\n")
+    load_model(folder, trust=True)
+    file.write_text(ours)
+    (folder / "x.pkl").write_bytes(b"cos\nsystem\n(S'echo code ran'\ntR.")
+    for name in ("x.pkl", "../x.pth", "https://example.org/x.pth"):
+        (folder / "last_checkpoint").write_text(name)
+        with pytest.raises(UserError, match=r"last_checkpoint should name a \*\.pth in its folder"):
+            load_model(folder)
+    said = capfd.readouterr().out
+    assert "code ran" not in said and "trusted" in said

@@ -21,7 +21,16 @@ from pretrain.results.provenance import (
     peak_memory_mib,
     provenance,
 )
-from pretrain.results.schema import Protocol, Result, ordered_terms, read_result, to_json, write_result
+from pretrain.results.schema import (
+    Protocol,
+    Result,
+    finished,
+    ordered_terms,
+    planned,
+    read_result,
+    to_json,
+    write_result,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOLS = {"pretrain": "imagenet1k-100ep", "detection": "coco-12ep", "segmentation": "ade20k-160k"}
@@ -364,3 +373,50 @@ def test_the_room_is_a_leaf_and_light():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "['pretrain', 'pretrain.errors', 'pretrain.files', 'pretrain.settings']"
+
+
+FIELDS = {
+    "kind": "detection",
+    "method": "ours",
+    "backbone": "vit_tiny_patch16",
+    "effective_epochs": 3.0,
+    "protocol": Protocol(name="p", version=1, full=True, deviations={}),
+    "metrics": {"box_ap": 1.0},
+    "seed": 0,
+    "config_hash": "0" * 12,
+    "weights_hash": None,
+    "git_commit": None,
+    "packages": {},
+    "hardware": {},
+    "wall_time_s": 1.0,
+    "peak_memory_mib": None,
+}
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        ({"effective_epochs": math.inf}, "effective_epochs is inf"),
+        ({"method": "o\ud800"}, r"method='o\ud800' is no UTF-8 text"),
+        ({"metrics": {"box_ap": 1.0, "of": {"a\udcff": 2.0}}}, r"metrics.of.a\udcff="),
+        ({"metrics": {"box_ap": 1.0, "of": {"a": math.nan}}}, "metrics.of.a is nan"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_at_the_start_and_left_out_at_the_end(
+    fault, told, tmp_path, capsys
+):
+    planned(**FIELDS)
+    with pytest.raises(UserError) as error:
+        planned(**{**FIELDS, **fault})
+    assert str(error.value).startswith("result.json: ") and told in str(error.value)
+    write_result(finished(**{**FIELDS, **fault}), tmp_path)
+    assert read_result(tmp_path).metrics["box_ap"] == 1.0
+    assert told in capsys.readouterr().err
+
+
+def test_a_result_at_the_end_has_no_negative_time_and_no_percentage_beyond_100(tmp_path, capsys):
+    faults = {"wall_time_s": -5.0, "metrics": {"box_ap": 101.0, "mask_ap": 7.0}}
+    write_result(finished(**{**FIELDS, **faults}), tmp_path)
+    found = read_result(tmp_path)
+    assert (found.wall_time_s, found.metrics) == (0.0, {"mask_ap": 7.0})
+    assert "metrics.box_ap=101.0 is no percentage" in capsys.readouterr().err

@@ -394,7 +394,8 @@ def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
         if moment == 2:
             train(parts, resume=True, stop_after_it=3)
     with monkeypatch.context() as patch:
-        patch.setattr("det_plugin.torchvision_engine.train.leave_result", lambda *_, **__: 1 / 0)
+        at_the_end = lambda *_, **how: how.get("begins") or 1 / 0  # noqa: E731
+        patch.setattr("det_plugin.torchvision_engine.train.leave_result", at_the_end)
         with pytest.raises(ZeroDivisionError):
             train(parts, resume=True)
     train(parts, resume=True)
@@ -439,6 +440,22 @@ def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
     result = read_result(train(run).parent)
     assert (result.method, result.effective_epochs, result.weights_hash) == ("intertwined", 3.5, expected)
     assert result.protocol.deviations["amp"] == [True, False]
+
+
+def test_a_result_that_could_not_be_written_ends_the_run_at_its_start(make, data, tmp_path, monkeypatch):
+    """Here for the name of a class; and a clock that is set back takes no time from a run."""
+    root = shutil.copytree(data, tmp_path / "copy")
+    for split in ("train", "val"):
+        file = annotation_file(root, split)
+        file.write_text(file.read_text().replace('"name": "disc"', '"name": "di\\ud800sc"'))
+    run = replace(make("run"), data=root)
+    monkeypatch.setattr(Trainer, "step", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=r"no UTF-8|not UTF-8"):
+        train(run)
+    monkeypatch.undo()
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    assert 0 < read_result(train(make("other"), stop_after_it=None).parent).wall_time_s < 1000
 
 
 def test_deterministic_mode_is_given_back(make):

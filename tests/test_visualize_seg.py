@@ -1,9 +1,11 @@
 """Images of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tool_fixture import load_tool
 
@@ -123,3 +125,44 @@ def test_colors(tmp_path):
     assert np.array(saved).tolist() == [[1, 2]]
     assert np.array(saved.convert("RGB"))[0].tolist() == palette.tolist()
     assert spread(3, 9) == [0, 4, 8] and spread(5, 2) == [0, 1]
+
+
+def test_a_runs_config_is_read_as_data(run, tmp_path):
+    """Also with other numbers; what would call a function or read a file is refused before it does."""
+    shutil.copytree(run.output, tmp_path / "run")
+    file, touched = tmp_path / "run" / "config.py", tmp_path / "touched"
+    ours = file.read_text()
+    file.write_text(ours.replace("dropout_ratio=0.0", "dropout_ratio=0.25"))
+    assert load_segmenter(tmp_path / "run", "cpu").model.decode_head.dropout.p == 0.25
+    loss, code = "type='CrossEntropyLoss'", f"open({str(touched)!r}, 'w').close()"
+    for text, told in {
+        f"{ours}\n{code}\n": "more than names with values",
+        f"{ours}\nx = {code}\n": "calls a function",
+        ours.replace("type='FCNHead'", "type='os.system'"): "model.decode_head.type holds 'os.system'",
+        ours.replace(loss, f"{loss}, class_weight='w.pkl'"): "loss_decode.class_weight holds 'class_weight'",
+        ours.replace("type='Resize'", "type='pickle.load'"): "type holds 'pickle.load'",
+        "model = dict(": "is no plain data",
+        "": "is no plain data",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_segmenter(tmp_path / "run", "cpu")
+        assert told in str(error.value) and "--trust" in str(error.value) and "\n" not in str(error.value)
+    assert not touched.exists()
+    file.write_text(f"{ours}\n{code}\n")
+    load_segmenter(tmp_path / "run", "cpu", trust=True)
+    assert touched.exists()
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_runs_checkpoint_is_tensors_and_plain_values(run, tmp_path, capsys):
+    shutil.copytree(run.output, tmp_path / "run")
+    torch.save({"meta": Code()}, tmp_path / "run" / "iter_9.pth")
+    for trust in (False, True):
+        with pytest.raises(UserError, match=r"iter_9\.pth is none of a segmentation run"):
+            load_segmenter(tmp_path / "run", "cpu", trust)
+    assert "code ran" not in capsys.readouterr().out

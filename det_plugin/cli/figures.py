@@ -14,7 +14,7 @@ from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
 from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
-from pretrain.errors import UserError
+from pretrain.errors import TRUST_HELP, UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.
 LEFT = ("predictions.json", "coco_instances_results.json", "inference/coco_instances_results.json")
@@ -42,7 +42,7 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
 
 
 def predictions_of(
-    folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool
+    folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool, trust: bool
 ) -> list[Prediction]:
     """The run's own predictions of this split, if it was evaluated on it, or new ones of these images."""
     left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
@@ -51,7 +51,7 @@ def predictions_of(
         if are_of(found, split):
             print(f"predictions: {left}")
             return found
-    detector = load_detector(folder, device)
+    detector = load_detector(folder, device, trust)
     if tuple(detector.classes) != split.category_ids:
         raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
     print(f"predictions: made now by {folder}")
@@ -70,11 +70,12 @@ def main(arguments: list[str]) -> None:
     add("--min-score", type=float, default=MIN_SCORE, metavar="S", help="(%(default)s)")
     add("--output", type=Path, metavar="DIR", help="(figures/ in the run folder)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     split = read_split(options.data, options.split, num_classes=None, training=False)
     pictures = choose(split, max(options.count, 1), options.images)
     evaluated = options.split == "val"
-    predictions = predictions_of(options.run, split, pictures, options.device, evaluated)
+    predictions = predictions_of(options.run, split, pictures, options.device, evaluated, options.trust)
     output = options.output or options.run / "figures"
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]

@@ -1,6 +1,7 @@
 """COCO evaluation that writes ``result.json``. It is part of the config, so stock launchers write it too."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,8 @@ from det_plugin.detectron2_engine.catalog import coco_root, train_images
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.loader import batches
 from det_plugin.protocol import deviations, other_images, protocol
-from det_plugin.run import DetectionRun, leave_result
+from det_plugin.run import DetectionRun
+from det_plugin.run import leave_result as left_result
 from pretrain import distributed
 from pretrain.build import network_kwargs
 from pretrain.files import write_text
@@ -91,7 +93,7 @@ class ResultEvaluator(DatasetEvaluator):
             return {}
         write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
         metrics = self.metrics = coco_metrics(self.file, found, self.crowds)
-        cfg = saved.load_config(self.folder, saved.ASKED)
+        cfg = saved.load_config(self.folder, saved.ASKED, trust=True)  # the launcher has just written it
         if has_event_storage():
             LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
@@ -99,7 +101,7 @@ class ResultEvaluator(DatasetEvaluator):
             how = cfg.model.roi_heads.num_classes, share, self.crowds
             trained_on = train_images(cfg.dataloader.root, *how)
             images = trained_on, len(read_json(self.file)["images"])
-            _leave_result(cfg, metrics, images, self.folder)
+            leave_result(cfg, metrics, images, self.folder)
         log(in_words(metrics))
         results: dict[str, Any] = {task: {} for task in KINDS.values()}
         for (kind, task), (name, key) in product(KINDS.items(), NAMES.items()):
@@ -124,16 +126,23 @@ def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
     return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
 
 
-def _leave_result(
-    cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path
+def leave_result(
+    cfg: DictConfig,
+    metrics: Mapping[str, Any],
+    images: tuple[int | None, int],
+    folder: Path,
+    begins: bool = False,
 ) -> Path:
     """Write the ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
         cfg: the config of this process: a training that is over, or an evaluation of
             ``train.init_checkpoint``.
+        begins: at the start of a training, see :func:`det_plugin.run.leave_result`.
         images: number of images for training (none: not known) and evaluation.
     """
+    # The launcher's first act; the clock may have been set since
+    since = 0.0 if begins else time.time() - (folder / saved.ASKED).stat().st_mtime
     changed, trained = config_deviations(cfg), cfg
     if not has_event_storage():
         trained, unlike = _training_of(cfg)
@@ -142,7 +151,7 @@ def _leave_result(
         changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
     recipe, origin = saved.protocol_in(trained), saved.origin_in(trained) or origin_of(None)
     changed |= other_images(*images, recipe.train_share)
-    return leave_result(
+    return left_result(
         DetectionRun(
             backbone=trained.model.backbone.net.name,
             weights=None,
@@ -155,7 +164,8 @@ def _leave_result(
         metrics,
         changed,
         origin={key: value for key, value in origin.items() if key != "model_kwargs"},
-        started=(folder / saved.ASKED).stat().st_mtime,  # the launcher's first act
+        wall_time_s=max(since, 0.0),
+        begins=begins,
         hashed={"engine": "detectron2", "deviations": changed},
     )
 

@@ -13,28 +13,32 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from det_plugin.coco.metrics import Prediction
 from det_plugin.detectron2_engine.saved_config import RESOLVED, classes_in, load_config, protocol_in
+from det_plugin.detectron2_engine.trainer import last_whole
 from det_plugin.loader import to_tensor
 from pretrain.errors import UserError
 
 
-def load_model(run: Path) -> tuple[Any, Any]:
+def load_model(run: Path, trust: bool = False) -> tuple[Any, Any]:
     """Load the last checkpoint of a Detectron2 run. Returns the model and the run's config.
 
+    Args:
+        trust: build whatever the config names (:func:`saved_config.load_config`). Checkpoints are tensors
+            and plain values in any case.
+
     Raises:
-        UserError: the folder holds no run or no checkpoint.
+        UserError: the folder holds no run or no checkpoint; its config is more than data of ours.
     """
-    cfg = load_config(run, RESOLVED)
-    model = instantiate(cfg.model)
-    checkpointer = DetectionCheckpointer(model, str(run))
-    if not checkpointer.has_checkpoint():
+    cfg = load_config(run, RESOLVED, trust)
+    model, last = instantiate(cfg.model), last_whole(run)
+    if last is None:
         raise UserError(f"{run} holds no checkpoint (last_checkpoint and the file that it names)")
-    checkpointer.load(checkpointer.get_checkpoint_file())
+    DetectionCheckpointer(model).load(str(last))
     return model, cfg
 
 
-def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
+def detector(run: Path, device: torch.device, trust: bool = False) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
-    model, cfg = load_model(run)
+    model, cfg = load_model(run, trust)
     model.to(device).eval()
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)

@@ -7,21 +7,27 @@ itself.
 """
 
 import dataclasses
+import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import LazyConfig
-from detectron2.utils.registry import locate
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.coco.annotations import read_classes
 from det_plugin.detectron2_engine.catalog import coco_root
-from det_plugin.detectron2_engine.model import ORIGINS
+from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.model import ORIGINS, BFloat16RCNN
 from det_plugin.detectron2_engine.trainer import LAST
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS
-from pretrain.errors import UserError
+from pretrain.errors import TRUST, UserError
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import compared, upgraded
@@ -56,17 +62,22 @@ MOVED = {
 }
 
 
-def load_config(folder: str | Path, name: str) -> DictConfig:
+def load_config(folder: str | Path, name: str, trust: bool = False) -> DictConfig:
     """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, with old names replaced by new ones.
 
+    It is read as data, and every ``_target_`` must be one of those that :func:`lazy.config` writes.
+
+    Args:
+        trust: read it as Detectron2 does, whatever it constructs, names or calls.
+
     Raises:
-        UserError: no such file.
+        UserError: no such file; it is more than data of ours; names the file and the key.
     """
     path = Path(folder) / name
     if not path.is_file():
         told = "it is no folder of a Detectron2 run, or the run has not come far enough"
         raise UserError(f"{folder}: no {name}; {told}")
-    cfg = LazyConfig.load(str(path))
+    cfg = LazyConfig.load(str(path)) if trust else _as_data(path)
     _rename_targets(cfg)
     evaluator = cfg.dataloader.evaluator
     evaluator.overrides = upgraded(DetectionProtocol, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
@@ -75,14 +86,71 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     return cfg
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML of plain values, and of tuples, which Detectron2 writes."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml_seq)  # type: ignore[type-var]
+
+
+def _as_data(path: Path) -> DictConfig:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if not isinstance(values, dict):
+            raise ValueError("no mapping of keys")
+        for key, name, value in _texts(values, ""):
+            if name == "_target_" and (not isinstance(value, str) or _today(value) not in _targets()):
+                raise UserError(f"{path}: {key}={value!r} is no target of a run of ours; {TRUST}")
+            if isinstance(value, str) and "${" in value and not re.fullmatch(r"\$\{[.\w]+\}", value):
+                raise UserError(f"{path}: {key}={value!r} is more than the name of another key; {TRUST}")
+        return OmegaConf.create(values, flags={"allow_objects": True})
+    except UserError:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no plain data ({told}); {TRUST}") from error
+
+
+def _texts(value: Any, key: str, name: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, its last part, value) of all targets, whatever they are, and of all texts."""
+    if name == "_target_" or isinstance(value, str):
+        yield key, name, value
+    elif isinstance(value, dict):
+        for inner, item in value.items():
+            yield from _texts(item, f"{key}.{inner}".lstrip("."), inner)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{key}[{number}]")
+
+
+@functools.cache
+def _targets() -> list[str]:
+    """The targets that :func:`lazy.config` writes, short and in full."""
+    found, name = [BFloat16RCNN, GeneralizedRCNN], "vit_tiny_patch16"
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            found.extend(item for key, item in value.items() if key == "_target_")
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(item)
+
+    collect(OmegaConf.to_container(config(protocol("coco-12ep", name), name), resolve=False))
+    short = {item if isinstance(item, str) else _convert_target_to_string(item) for item in found}
+    return sorted({*short, *map(_full_name, found)})
+
+
 def _rename_targets(cfg: DictConfig) -> None:
     for key, value in cfg.items_ex(resolve=False):
         if isinstance(value, DictConfig):
             _rename_targets(value)
         elif key == "_target_" and isinstance(value, str):
-            module, _, name = value.rpartition(".")
-            if module.startswith("det_plugin.") and name in MOVED:
-                cfg[key] = f"{__package__}.{MOVED[name]}.{name}"
+            cfg[key] = _today(value)
+
+
+def _today(target: str) -> str:
+    module, _, name = target.rpartition(".")
+    is_moved = module.startswith("det_plugin.") and name in MOVED
+    return f"{__package__}.{MOVED[name]}.{name}" if is_moved else target
 
 
 def protocol_in(cfg: DictConfig) -> DetectionProtocol:

@@ -22,12 +22,12 @@ from det_plugin import loop
 from det_plugin.coco.annotations import Data, read_classes, read_split
 from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
-from det_plugin.detectron2_engine.evaluate import evaluate
+from det_plugin.detectron2_engine.evaluate import evaluate, leave_result
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
 from det_plugin.protocol import with_overrides
-from det_plugin.run import DetectionRun
+from det_plugin.run import DetectionRun, metrics_to_come
 from pretrain import distributed
 from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
@@ -65,6 +65,8 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
+        to_come = metrics_to_come(read_classes(run.data, "val").values())
+        leave_result(cfg, to_come, (None, 0), run.output, begins=True)
         _start_logs(run.output)
         LazyConfig.save(cfg, str(run.output / saved.ASKED))
         LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
@@ -166,7 +168,8 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> 
     trainer.iter, trainer.start_iter, trainer.max_iter = start_it, start_it, run.protocol.max_iters
     logging.getLogger("detectron2").info(f"Starting training from iteration {start_it}")
     if distributed.is_main():  # the evaluator counts the run's time from here
-        os.utime(folder / saved.ASKED, (trainer.started, trainer.started))
+        began = time.time() - (time.monotonic() - trainer.started)
+        os.utime(folder / saved.ASKED, (began, began))
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
         engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms

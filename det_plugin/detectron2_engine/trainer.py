@@ -42,7 +42,7 @@ class AccumulatingTrainer(SimpleTrainer):
         amp: bool,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self.accumulate, self.amp, self.started = accumulate, amp, time.time()
+        self.accumulate, self.amp, self.started = accumulate, amp, time.monotonic()
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp)
         self.last: dict[str, float] = {}  # losses and learning rate of the last step, by Detectron2's names
 
@@ -77,7 +77,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
-        own = {"last": self.last, "wall_time_s": time.time() - self.started}
+        own = {"last": self.last, "wall_time_s": time.monotonic() - self.started}
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,11 +107,16 @@ def last_whole(folder: Path) -> Path | None:
     """A run's last checkpoint, or None. One that cannot be read is skipped and named on stderr.
 
     Raises:
-        UserError: there are checkpoints, but none can be read.
+        UserError: there are checkpoints, but none can be read; ``last_checkpoint`` names no ``.pth`` of the folder,
+            which Detectron2 would fetch or unpickle.
     """
     if not (folder / LAST).is_file():
         return None
-    last = folder / (folder / LAST).read_text().strip()
+    name = (folder / LAST).read_text(encoding="utf-8", errors="replace").strip()
+    if Path(name).name != name or not name.endswith(".pth") or not name.isprintable():
+        told = "should name a *.pth in its folder"
+        raise UserError(f"{folder / LAST} {told}, not {name[:80]!r}; write the name of one there")
+    last = folder / name
     files = sorted(folder.glob("model_*.pth"), reverse=True)
     for file in dict.fromkeys([last, *files]):
         try:

@@ -31,8 +31,11 @@ Size = tuple[int, int]  # height, width in pixels
 EVAL_BATCH = 8  # images at a time; the outcome does not depend on it
 
 
-def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
+def load_model(output: Path, trust: bool = False) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     """A run's last checkpoint as a detector on the CPU, its ``config.json``, and its iterations.
+
+    Args:
+        trust: changes nothing: all files of this engine are data.
 
     Raises:
         UserError: no run, or no checkpoint.
@@ -46,9 +49,9 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     return model, config, state["iteration"]
 
 
-def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
+def detector(run: Path, device: torch.device, trust: bool = False) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
-    model, config, _ = load_model(run)
+    model, config, _ = load_model(run, trust)
     model.to(device).eval()
     protocol, classes = folder.protocol_of(config), folder.classes_of(run, config)
 

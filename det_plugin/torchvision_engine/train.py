@@ -11,7 +11,7 @@ from det_plugin.coco.metrics import check_evaluation, in_words
 from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
-from det_plugin.run import DetectionRun, leave_result, run_deviations
+from det_plugin.run import DetectionRun, leave_result, metrics_to_come, run_deviations
 from det_plugin.torchvision_engine import folder
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.predict import evaluate, load_model
@@ -38,7 +38,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     Arguments, result and errors are those of :func:`det_plugin.train.finetune`. On the CPU a resumed run is
     bit-exact. After ``stop_after_it`` iterations it saves and returns, as if interrupted.
     """
-    started = time.time()
+    started = time.monotonic()
     device = choose_device(run.device)
     distributed.start(device.type)
     check_seen(run.output)
@@ -57,7 +57,11 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
         log(f"warning: amp has no effect on {device.type}; the run is in float32")
+    changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
+    said = dict[str, Any](origin=origin, hashed={"engine": folder.ENGINE})
     if distributed.is_main():
+        to_come = metrics_to_come(data.train.class_names)
+        leave_result(run, to_come, changed, wall_time_s=0.0, begins=True, **said)
         write_json(run.output / folder.CONFIG, config)
     terms = None
     if state is not None:
@@ -70,8 +74,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     with deterministic(device.type == "cpu"), closing(engine.batches):
         metrics = fit(engine, run, device, terms, started, end_iter)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
-        changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
-        leave_result(run, metrics, changed, origin=origin, started=started, hashed={"engine": folder.ENGINE})
+        leave_result(run, metrics, changed, wall_time_s=time.monotonic() - started, **said)
     return run.output / FILE_NAME
 
 

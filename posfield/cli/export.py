@@ -19,7 +19,7 @@ from typing import Any
 
 from det_plugin.run import engine_of
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError, ensure
+from pretrain.errors import TRUST_HELP, UserError, ensure
 from pretrain.export import FORMATS, export, model_card
 from pretrain.export.card import results_of
 from pretrain.export.converted import build_whole, given, write_whole
@@ -31,7 +31,7 @@ from pretrain.weights.container import IN_FOLDER
 DEFAULT_SIZE_PX = 224
 
 
-def backbone_of_run(folder: Path) -> ViT:
+def backbone_of_run(folder: Path, trust: bool = False) -> ViT:
     """The backbone in the last checkpoint of a fine-tuning run, of any plug-in.
 
     Raises:
@@ -39,12 +39,14 @@ def backbone_of_run(folder: Path) -> ViT:
             another function.
     """
     if engine := engine_of(folder):
-        model: Any = importlib.import_module(f"det_plugin.{engine}_engine.predict").load_model(folder)[0]
+        model: Any = importlib.import_module(f"det_plugin.{engine}_engine.predict").load_model(folder, trust)[
+            0
+        ]
         adapter: Any = model.backbone.net if engine == "detectron2" else model.backbone
     elif list(folder.glob("*.py")):
         from seg_plugin.predict import load_segmenter
 
-        return load_segmenter(folder, "cpu").model.backbone.vit
+        return load_segmenter(folder, "cpu", trust).model.backbone.vit
     else:
         what = "no folder of a fine-tuning run; of a pre-training, name the file in it"
         raise UserError(f"--weights: {folder} is {what}")
@@ -60,7 +62,7 @@ def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resul
     for name in ("backbone", "source", "subnet", "patch_size", "results"):
         said = f"{options.weights} is a run's folder, which says all that itself"
         ensure(not getattr(options, name), f"--{name.replace('_', '-')}: {said}")
-    vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
+    vit, file = backbone_of_run(options.weights, options.trust), options.weights / FILE_NAME
     if not file.is_file():  # it has not ended
         return vit, {}, []
     own = read_result(file)
@@ -99,6 +101,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--card", type=Path, metavar="FILE", help="a model card, of a format that is a file")
     measured = "measured with these weights, for the card"
     add("--results", type=Path, nargs="+", default=[], metavar="RUNS", help=measured)
+    add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     said = " ".join(map(str, options.size or []))
     ensure(len(options.size or [0]) <= 2, f"--size: one side, or height and width; not {said}")

@@ -25,7 +25,7 @@ from det_plugin.predict import Detections, Detector, load_detector
 from det_plugin.run import engine_of
 from pretrain.cli import command_parser
 from pretrain.data.sources.files import hidden, is_image, left_out
-from pretrain.errors import UserError
+from pretrain.errors import TRUST_HELP, UserError
 from pretrain.files import put_in_place
 from pretrain.log import ProgressLine, log
 
@@ -121,12 +121,14 @@ def detected(
     return f"{results.annotations} objects in {told}: {results.path}"
 
 
-def segmented(run: Path, device: str, images: list[tuple[Path, str]], output: Path, pictures: bool) -> str:
+def segmented(
+    run: Path, device: str, trust: bool, images: list[tuple[Path, str]], output: Path, pictures: bool
+) -> str:
     """Segment one image after another. Returns what to say at the end."""
     from seg_plugin.figures import blended, palette_of, save_labels
     from seg_plugin.predict import load_segmenter, read_rgb
 
-    segmenter = load_segmenter(run, device)
+    segmenter = load_segmenter(run, device, trust)
     palette, values = palette_of(segmenter.metainfo), segmenter.metainfo["values"]
     names = [name for _, name in images]
     as_png = [str(Path(name).with_suffix(".png")) for name in names]
@@ -188,11 +190,12 @@ def main(arguments: list[str]) -> None:
     add("--min-score", type=float, default=0.5, metavar="S", help="of an object, at least (%(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--no-pictures", action="store_true", help="predictions.json alone")
+    add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     images = listed(options.images, options.output)
     pictures = not options.no_pictures
     if engine_of(options.run) is None and list(options.run.glob("*.py")):
-        print(segmented(options.run, options.device, images, options.output, pictures))
+        print(segmented(options.run, options.device, options.trust, images, options.output, pictures))
         return
-    detector = load_detector(options.run, options.device)
+    detector = load_detector(options.run, options.device, options.trust)
     print(detected(detector, images, options.output, options.min_score, pictures))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pretrain.eval_model import EvalModel
 
 WITH_RESUME = ("posfield pretrain", "posfield detect", "posfield segment", "posfield evaluate dense")
+MAY_BE_EMPTY = ("--void", "--map", "--mask-name")
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
 
@@ -34,6 +35,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
+        refuse_empty(arguments)
         main([a for a in arguments if a != "--traceback"])
     # OSError names the file: one that cannot be written, a full disk; of a loss the run has said where
     except (UserError, OSError, FloatingPointError) as error:
@@ -47,6 +49,22 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """An empty path would be the working folder: every empty word is refused, but for options whose text may be.
+
+    Raises:
+        UserError: names the option.
+    """
+    option = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        option = name if word.startswith("--") else option
+        is_empty = not (value if equals and word.startswith("--") else word).strip()
+        if is_empty and option not in MAY_BE_EMPTY:
+            told = "an empty shell variable? give a value, or leave the option out"
+            raise UserError(f"{option or 'arguments'}: {word!r} is empty ({told})")
 
 
 def resumed(words: Sequence[str]) -> str:

@@ -12,9 +12,9 @@ from pretrain.analysis.attention import query_attention
 from pretrain.analysis.figures import attention_figure, masks_figure, save, scales_figure, views_figure
 from pretrain.build import build_backbone
 from pretrain.cli import command_parser
-from pretrain.config import load_config
+from pretrain.config import load_saved
 from pretrain.data.loader import Collate, build_dataset
-from pretrain.errors import UserError
+from pretrain.errors import TRUST_HELP, UserError
 from pretrain.views.pixels import crop_resize, normalize
 
 QUERIES = [(0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)]
@@ -25,11 +25,12 @@ def main(arguments: list[str]) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a pre-training run")
     parser.add_argument("--images", type=int, default=4, help="pictures a figure (%(default)s)")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
     # Both paths make the same crops.
-    config = load_config(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"])
+    config = load_saved(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"], options.trust)
     draw(options.run, config, options.images)
     print(f"figures in {options.run / 'figures'}")
 

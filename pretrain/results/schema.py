@@ -6,6 +6,7 @@ A run that deviates from its protocol says so wherever it is shown: :attr:`Proto
 import json
 import math
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
@@ -191,6 +192,46 @@ def to_json(result: Result) -> str:
     return json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def planned(**fields: Any) -> None:
+    """Build and serialize the result of a run that has only begun: what it would be refused for, it is refused
+    for before the work.
+
+    Args:
+        fields: of :class:`Result`, as far as they are known.
+
+    Raises:
+        UserError: names the field and the value.
+    """
+    left: list[str] = []
+    for key, value in fields.items():
+        _writable(value, key, left)
+    if left:
+        raise UserError(f"{FILE_NAME}: {left[0]}, so the run could not write its result; mend it first")
+    to_json(
+        validated(Result, {**fields, "metrics": fields.get("metrics", {}), "wall_time_s": 0.0}, FILE_NAME)
+    )
+
+
+def finished(**fields: Any) -> Result:
+    """The result of a run that is over. What cannot be written is left out and named, since the work is done."""
+    left: list[str] = []
+    clean = {key: _writable(value, key, left) for key, value in fields.items()}
+    for key in ("effective_epochs", "peak_memory_mib"):
+        value = clean.get(key)
+        if value is _LEFT or (value is not None and value < 0):
+            clean[key] = None
+    if clean["wall_time_s"] is _LEFT or clean["wall_time_s"] < 0:
+        left.append(f"wall_time_s={fields['wall_time_s']} is no time")
+        clean["wall_time_s"] = 0.0
+    metrics = clean["metrics"]
+    for name in [name for name in metrics if PERCENT_METRICS.fullmatch(name)]:
+        if not isinstance(metrics[name], int | float) or not 0 <= metrics[name] <= 100:
+            left.append(f"metrics.{name}={metrics.pop(name)!r} is no percentage")
+    for told in left:
+        print(f"warning: {FILE_NAME} is written without this: {told}", file=sys.stderr)
+    return Result(**clean)
+
+
 def write_result(result: Result, folder: str | Path) -> Path:
     """Write `folder/result.json` in one step (no reader ever sees half of it) and return its path."""
     return write_text(Path(folder) / FILE_NAME, to_json(result))
@@ -205,6 +246,35 @@ def read_result(path: str | Path) -> Result:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     return validated(Result, read_json(path), str(path))
+
+
+_LEFT = object()
+
+
+def _writable(value: Any, key: str, left: list[str]) -> Any:
+    """A copy that JSON in UTF-8 can hold. The rest is named in ``left``: of a mapping it is left out, in a list it
+    becomes text, and alone it is :data:`_LEFT`."""
+    if isinstance(value, Settings):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        pairs = (
+            (_writable(n, f"{key}.{n}", left), _writable(v, f"{key}.{n}", left)) for n, v in value.items()
+        )
+        return {name: item for name, item in pairs if item is not _LEFT}
+    if isinstance(value, list | tuple):
+        items = ((_writable(item, f"{key}[{n}]", left), item) for n, item in enumerate(value))
+        made = [str(item) if kept is _LEFT else kept for kept, item in items]
+        return made if isinstance(value, list) else tuple(made)
+    if isinstance(value, str):
+        clean = value.encode("utf-8", "backslashreplace").decode()
+        if clean != value:
+            left.append(f"{ascii(key)[1:-1]}={ascii(value)} is no UTF-8 text")
+        return clean
+    try:
+        return _plain(value, key)
+    except ValueError as error:
+        left.append(str(error))
+        return _LEFT
 
 
 def _plain(value: Any, key: str) -> Any:

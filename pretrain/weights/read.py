@@ -5,6 +5,7 @@ shape is an error that names it.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -52,7 +53,8 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
     for key, kind in TOLD.items():
         value = provenance.get(key)
         is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
-        is_told = is_line and isinstance(value, kind | None) and value == value
+        is_finite = not isinstance(value, int | float) or 0 <= value < math.inf
+        is_told = is_line and isinstance(value, kind | None) and is_finite
         ensure(is_told, f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
     return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
 

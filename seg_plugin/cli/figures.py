@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.cli import at_least
+from pretrain.errors import TRUST_HELP
 from seg_plugin.figures import draw_page, palette_of, save_labels
 from seg_plugin.predict import (
     Segmented,
@@ -39,9 +40,10 @@ def main(arguments: list[str]) -> None:
     add("--labels", action="store_true", help=stored)
     add("--output", type=Path, metavar="DIR", help="(the run's figures/)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     at_least(options, count=1)
-    segmenter = load_segmenter(options.run, options.device)
+    segmenter = load_segmenter(options.run, options.device, options.trust)
     metainfo = segmenter.metainfo
     if options.images:
         samples: Iterator[Segmented] = segment_folder(segmenter, options.images)
