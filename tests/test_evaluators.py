@@ -155,5 +155,5 @@ def test_detectron2_and_ours_agree(case, fast):
 
 
 def test_without_annotations_there_is_nothing_to_compare_with(tmp_path):
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="instances.json cannot be read as JSON"):
         coco_metrics(tmp_path / "instances.json", [])
