@@ -141,10 +141,8 @@ def test_unreadable_and_misdescribed_images_are_named(own):
         split.load(split.pictures[0])
     samples = TrainSamples(split, RECIPE, seed=0)
     bad = [i for i in range(10) if split.pictures[stream_index(i, 5, 0)].id == 1][:1]
-    with pytest.raises(
-        UserError, match=r"^data: .*000000000001.png cannot be read"
-    ):  # one line, out of a worker process too
-        list(batches(samples, [bad], 1, torch.device("cpu")))
+    ((sample,),) = batches(samples, [bad], 1, torch.device("cpu"))  # another one in its place
+    assert sample
 
 
 def test_coco_api_is_needed(monkeypatch):

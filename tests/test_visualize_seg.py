@@ -104,7 +104,7 @@ def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):
     with pytest.raises(UserError, match="images: no .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff in"):
         tool(["--run", str(run.output), "--images", str(tmp_path), "--device", "cpu"])
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="bad.jpg is no readable image"):
+    with pytest.raises(UserError, match="bad.jpg cannot be read"):
         tool(["--run", str(run.output), "--images", str(tmp_path), "--device", "cpu"])
 
 

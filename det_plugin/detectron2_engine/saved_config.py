@@ -28,6 +28,7 @@ from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS
 from pretrain.errors import TRUST, UserError
+from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import compared, upgraded
@@ -209,6 +210,9 @@ def resolved(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+HASH = "dataloader.evaluator.origin.weights_hash"
+
+
 def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
     """:func:`pretrain.results.runs.holds_result` of a run with this config."""
     changed, has_checkpoint = None, (folder / LAST).is_file()
@@ -217,6 +221,9 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
         if has_checkpoint or (folder / FILE_NAME).is_file():
             different = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
             changed = {key: pair for key, pair in different.items() if not key.startswith(SURROUNDINGS)}
+            weights = cfg.model.backbone.net.weights
+            if weights and (pair := changed.get(HASH)) and file_hash(str(weights), pair[0]) == pair[0]:
+                del changed[HASH]  # the same file, by its hash of before
     return holds_result(folder, changed, has_checkpoint, resume)
 
 
