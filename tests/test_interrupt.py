@@ -35,20 +35,21 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
         first.kill()
         first.wait()
     with run_lock(tmp_path), run_lock(tmp_path / "another"):
-        pass
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+    assert not (tmp_path / ".lock").exists() and not (tmp_path / "another").exists()
 
 
 def test_the_lock_of_a_killed_process_does_not_live_on_in_its_children(tmp_path):
-    forked = HOLD.replace("    print(", "    import os; os.fork() or time.sleep(60)\n    print(")
-    first = subprocess.Popen(
-        [sys.executable, "-c", forked, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
-    )
+    fork = "    import os; child = os.fork(); child or time.sleep(60); print(child, flush=True)\n    print("
+    command = [sys.executable, "-c", HOLD.replace("    print(", fork), str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
     try:
-        first.stdout.readline()
-        os.kill(first.pid, signal.SIGKILL)
+        child = int(first.stdout.readline())
+        first.kill()
         first.wait()
         with run_lock(tmp_path):
-            pass
+            assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+            os.kill(child, 0)  # it lives, and holds nothing
     finally:
         os.killpg(first.pid, signal.SIGKILL)
 
