@@ -66,7 +66,7 @@ def fit(
         the last evaluation's metrics.
 
     Raises:
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
         FloatingPointError: a loss is not finite; names the iteration and the losses.
     """
     p, first_it, metrics = run.protocol, engine.iteration, dict[str, Any]()

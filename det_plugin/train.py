@@ -56,7 +56,7 @@ def finetune(
 
     Raises:
         UserError: bad settings or data; the folder holds another run.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
         FloatingPointError: a loss is not finite; names the iteration and the losses.
     """
     try:

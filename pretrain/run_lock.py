@@ -39,10 +39,9 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(
-                missing_ok=True
-            )  # still held: who has opened it meanwhile finds another file in its place
-            if is_new and not any(path.parent.iterdir()):  # nothing was begun
+            # Still held: whoever has opened it meanwhile finds another file in its place
+            path.unlink(missing_ok=True)
+            if is_new and path.parent.is_dir() and not any(path.parent.iterdir()):  # nothing was begun
                 path.parent.rmdir()
 
 

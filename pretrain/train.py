@@ -48,7 +48,7 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
     Raises:
         UserError: bad settings, no images, too many broken ones, a folder that holds another run.
         FloatingPointError: a loss is not finite; names the iteration and the terms.
-        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+        Interrupted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved.
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
     calm = deterministic(rule == "always" or rule == "cpu" and device.type == "cpu")

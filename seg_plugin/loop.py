@@ -84,9 +84,8 @@ def posfield_worker(number: int) -> None:
 
     They often go to all processes of a job, and a worker that dies would end the training before it has saved.
     """
-    start_worker(
-        ignored=callable(signal.getsignal(signal.SIGTERM))
-    )  # the parent's handler; torch's are not Python's
+    # the parent's handler; torch's are not Python's
+    start_worker(ignored=callable(signal.getsignal(signal.SIGTERM)))
 
 
 def end_workers(runner: Any) -> None:

@@ -128,8 +128,9 @@ def sincos_table(side: int, width: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    # [side, side, width / 2]
     columns, rows = (
         axis.expand(side, -1, -1),
         axis.unsqueeze(1).expand(-1, side, -1),
-    )  # [side, side, width / 2]
+    )
     return torch.cat([columns, rows], dim=2).flatten(0, 1)

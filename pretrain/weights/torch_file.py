@@ -112,9 +112,8 @@ def _zip_pickles(path: Path) -> Iterator[tuple[io.BytesIO, dict[str, int]]]:
     once, in a place of its own."""
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        is_once = len({record.filename.lower() for record in records}) == len(
-            records
-        )  # torch's reader: a is A
+        # torch's reader: a is A
+        is_once = len({record.filename.lower() for record in records}) == len(records)
         ensure(is_once, f"weights: {path} holds a record twice")
         for suffix, what in NOT_WEIGHTS.items():
             ensure(
@@ -152,10 +151,11 @@ def _shown(name: str) -> str:
 def _legacy_pickles(path: Path) -> Iterator[tuple[io.BufferedReader, None]]:
     with open(path, "rb") as file:
         for _ in range(LEGACY_PICKLES):
+            # torch compares the lengths itself; each check reads one pickle and leaves the file behind it
             yield (
                 file,
                 None,
-            )  # torch compares the lengths itself; each check reads one pickle and leaves the file behind it
+            )
             said = f"{file.tell()} bytes of structure before its tensors"
             ensure(file.tell() <= MAX_PICKLE_BYTES, f"weights: {path} has {said}")
 

@@ -40,9 +40,8 @@ class Rows(ABC):
 
     def __init__(self, root: str, parts: Sequence[tuple[Path, str, int]]) -> None:
         self.parts = parts
-        self.ends = np.cumsum(
-            [n_rows for _, _, n_rows in parts], dtype=np.int64
-        )  # rows up to and with each part
+        # rows up to and with each part
+        self.ends = np.cumsum([n_rows for _, _, n_rows in parts], dtype=np.int64)
         if not self.ends[-1:].any():
             raise UserError(f"data.root: no row in {root}")
 
