@@ -22,7 +22,7 @@ class UnreadableImage(UserError):
 
 
 def read_or_other(
-    index: int, n: int, read: Callable[[int], T], draws: Callable[[], np.random.Generator]
+    index: int, n: int, read: Callable[[int], T], draws: Callable[[], np.random.Generator], what: str = "data"
 ) -> tuple[T, list[str]]:
     """``read(index)``, or of another image in place of one that is broken, and the broken ones, with the reason.
 
@@ -30,7 +30,9 @@ def read_or_other(
 
     Args:
         n: images to draw from.
+        read: raises :class:`UnreadableImage`, which names the image.
         draws: a generator that depends on the place in the run alone, so that a resumed run draws the same.
+        what: begins the error.
 
     Raises:
         UserError: too many unreadable images in a row.
@@ -43,7 +45,7 @@ def read_or_other(
             broken.append(str(error))
             random = random or draws()
             index = int(random.integers(n))
-    raise UserError(f"data: {len(broken)} images in a row cannot be read, the first: {broken[0]}")
+    raise UserError(f"{what}: {len(broken)} images in a row cannot be read, the first: {broken[0]}")
 
 
 def may_be_cut_off(file: Path) -> bool:

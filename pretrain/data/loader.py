@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain import distributed
+from pretrain.data.broken import UnreadableImage, read_or_other
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sampler import COLORS, MASKS, SUBSTITUTES, VIEWS, Order, SampleIndices, generator
 from pretrain.data.sources import Source, open_source
@@ -38,7 +39,6 @@ from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.pixels import Pixels, render
 
-MAX_TRIES = 16  # unreadable images in a row before a run gives up
 DEVICE_SIDE_PX = 512  # longest side on the device path without `data.max_side_px`: it sets the canvas
 CANVAS_STEP_PX = 32  # few sizes of canvases, so that the device's memory is reused
 
@@ -124,17 +124,19 @@ class ViewsDataset(Dataset[Sample | Decoded]):
         Raises:
             UserError: too many unreadable images in a row.
         """
-        index, broken = self.order.image(sample_index), list[str]()
-        substitutes = None
-        for _ in range(MAX_TRIES):
+
+        def decoded(index: int) -> Pixels:
             try:
-                return decode(self.source.read(index), self.max_side_px, self.max_mpx), tuple(broken)
+                return decode(self.source.read(index), self.max_side_px, self.max_mpx)
             except BrokenImage as error:
-                broken.append(f"{self.source.name(index)} ({error})")
-                # Drawn, and not the next one: broken files lie side by side, in one folder or shard.
-                substitutes = substitutes or generator(self.seed, SUBSTITUTES, sample_index)
-                index = int(substitutes.integers(len(self.source)))
-        raise UserError(f"data.root: {len(broken)} images in a row cannot be read, the first {broken[0]}")
+                raise UnreadableImage(f"{self.source.name(index)} ({error})") from error
+
+        def draws() -> np.random.Generator:
+            return generator(self.seed, SUBSTITUTES, sample_index)
+
+        index, n = self.order.image(sample_index), len(self.source)
+        image, broken = read_or_other(index, n, decoded, draws, "data.root")
+        return image, tuple(broken)
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,14 @@ class ToolJob:
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
         # SLURM signals all processes of a task; the command inherits that it does not get this one
         signal.pthread_sigmask(signal.SIG_BLOCK, [notice])
-        running, early = list[subprocess.Popen[bytes]](), list[int]()  # another thread may take it before
-        signal.signal(notice, lambda *_: pass_on(running, early))
+        early = list[int]()  # another thread may take a notice before the command runs
+        signal.signal(notice, lambda number, _: early.append(number))
         with subprocess.Popen(job.command, env=os.environ | rank_environment(task)) as process:
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-            running.append(process)
+            signal.signal(notice, lambda *_: process.send_signal(signal.SIGUSR1))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [notice])
             if early:
-                pass_on(running, early)
+                process.send_signal(signal.SIGUSR1)
             try:
                 code = process.wait()
             finally:
@@ -133,13 +133,6 @@ class ToolJob:
             requeue(notice, None)  # ends the first task
         elif code:
             raise RuntimeError(f"{' '.join(self.words[:2])} ended with exit code {code}")
-
-
-def pass_on(running: list[subprocess.Popen[bytes]], early: list[int]) -> None:
-    """Pass a notice on to the command, or remember one that came before it."""
-    early.append(1)
-    for process in running:
-        process.send_signal(signal.SIGUSR1)
 
 
 def is_ended(job_id: str) -> bool:
