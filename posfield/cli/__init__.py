@@ -22,7 +22,7 @@ COMMANDS = {
     "analyze detections": ("det_plugin.cli.figures", "draw what a detector finds in its validation images"),
     "analyze segmentations": ("seg_plugin.cli.figures", "draw what a segmenter predicts"),
     "compare": ("posfield.cli.compare", "fine-tune many backbones alike, on one machine or a cluster"),
-    "ablation": ("pretrain.cli.ablation", "the paper's ablations"),
+    "ablation": ("posfield.cli.ablation", "the paper's ablations"),
     "export": ("posfield.cli.export", "write a backbone as ONNX, timm, Hugging Face, torchvision, ..."),
     "table": ("pretrain.cli.table", "result.json of many runs -> a table, beside published results"),
     "report": ("pretrain.cli.report", "result.json of many runs -> one HTML page"),

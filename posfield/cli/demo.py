@@ -9,8 +9,8 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, run
 from typing import NamedTuple
 
+from posfield.cli.ablation import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.cli import command, command_parser
-from pretrain.cli.ablation import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.errors import UserError
 
 SHOW_EVERY_S = 15
