@@ -20,3 +20,8 @@ def ensure(holds: object, message: str) -> None:
     """Raise a UserError with this message unless the condition holds."""
     if not holds:
         raise UserError(message)
+
+
+def one_line(text: object) -> str:
+    """What a terminal shows as one line: names of files and methods may hold what it would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

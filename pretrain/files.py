@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any, BinaryIO
 from pretrain.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its library
+# A cell that a spreadsheet computes (full-width signs, too), perhaps behind apostrophes; and what may begin so
+FORMULA = re.compile(r"'*[=+\-@\t\n＝＋－＠]")
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 
 
 def read_mapping(path: Path, area: str) -> dict[str, Any]:
@@ -145,16 +149,31 @@ def write_safetensors(path: Path, data: bytes) -> None:
 
 
 def csv_text(records: Iterable[Mapping[str, Any]]) -> str:
-    """A line of names, those of the first record, and a line a record; floats are exact. Of none: empty."""
+    """A line of names, those of the first record, and a line a record; floats are exact. Of none: empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, its customary sign of text;
+    :func:`read_csv` takes it away.
+    """
     records, file = list(records), io.StringIO()
     if records:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+        writer.writerow({name: _as_text(name) for name in records[0]})
+        writer.writerows({name: _as_text(cell) for name, cell in record.items()} for record in records)
     return file.getvalue()
 
 
+def _as_text(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # a csv writer quotes the line's end alone
+    return f"'{cell}" if FORMULA.match(cell) and not NUMBER.fullmatch(cell) else cell
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Its rows by the names of the columns."""
+    """Its rows by the names of the columns; undoes what :func:`csv_text` puts in front of text."""
+
+    def plain(cell: Any) -> Any:
+        return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell) else cell
+
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{plain(name): plain(cell) for name, cell in row.items()} for row in csv.DictReader(file)]

@@ -20,7 +20,7 @@ from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
 from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.config import SHIPPED
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, load_comparison, name_of, words_of
@@ -138,7 +138,10 @@ def main(arguments: list[str]) -> None:
     failed, left = ({}, []) if options.tables else go_on(comparison, weights, runs, options, queue)
     if not options.dry_run:
         done = [run for run in planned if run.is_done]
-        print(compare.write_tables(done, weights, comparison.tables, options.output, options.config.stem))
+        where = options.output, options.config.stem
+        text, unread = compare.write_tables(done, weights, comparison.tables, *where)
+        print(text)
+        failed |= unread
     for name, why in failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        print(f"failed: {name}: {one_line(why)}", file=sys.stderr)
     raise_for(f"failed: {', '.join(failed)}" if failed else "", left, f"{len(runs)} runs")
