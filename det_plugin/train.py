@@ -67,7 +67,7 @@ def finetune(
         run = settings_of(
             name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
         )
-        with run_lock(output):
+        with run_lock(output, getattr(module, "newest_checkpoint", None)):
             return module.train(run, resume=resume)  # type: ignore[no-any-return]
     finally:
         distributed.stop()

@@ -18,6 +18,7 @@ from pretrain.jobs import FAILED, LEFT, Runner, Stage, raise_for
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
+from pretrain.run_lock import tidy
 from seg_plugin.config import processes
 from seg_plugin.hooks import SETTINGS_FILE
 from seg_plugin.protocol import SWEEP, with_overrides
@@ -80,6 +81,7 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
         told = "one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
         raise UserError(f"--sweep: {told}")
     folder = Path(run.output) / POINTS
+    tidy(Path(run.output), *{point.output.parent for point in points(run)})
     jobs = {
         str(point.output.relative_to(folder)): [Stage("run", point.output, [*command, str(index)])]
         for index, point in enumerate(points(run))

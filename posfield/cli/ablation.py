@@ -22,6 +22,7 @@ from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.results import read_result, renamed
 from pretrain.results.ablation import Trial, ablation_table
 from pretrain.results.render import render
+from pretrain.run_lock import tidy
 from pretrain.settings import flat, read_yaml
 from pretrain.signals import interruptible
 
@@ -89,6 +90,7 @@ def main(arguments: list[str]) -> None:
     begun = time.monotonic()
     data = command("toy-data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
     jobs = plan(options)
+    tidy(options.output, *(stage.folder.parent for stages in jobs.values() for stage in stages[:1]))
     with interruptible():
         if subprocess.run(data).returncode:
             raise UserError(f"failed: {shlex.join(data)}")

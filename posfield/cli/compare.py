@@ -26,6 +26,7 @@ from pretrain.jobs.compare import FineTuning, Weights
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.jobs.slurm import Queue
 from pretrain.jobs.stage import OTHER, is_to_begin
+from pretrain.run_lock import tidy
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -123,6 +124,8 @@ def main(arguments: list[str]) -> None:
     words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
     asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
     queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
+    if not (options.status or options.dry_run):
+        tidy(options.output, *(options.output / name for name in ("weights", *map(name_of, comparison.entries))))
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():

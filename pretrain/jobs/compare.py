@@ -102,8 +102,7 @@ def prepare(entry: Entry, weights: Weights) -> None:
         convert(weights.source, weights.file, name=entry.backbone, **asked)
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
-    weights.note.parent.mkdir(parents=True, exist_ok=True)
-    weights.note.write_text(shlex.join(weights.identity))
+    write_text(weights.note, shlex.join(weights.identity))
 
 
 def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry]) -> dict[str, str]:
