@@ -79,7 +79,8 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if not THEIRS.search(str(error)):
             raise
-        raise Unwritable(path, error) from error
+        first = error.__context__  # what the file said, before torch's writer met the consequence
+        raise Unwritable(path, first if isinstance(first, OSError) else error) from error
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -58,6 +58,12 @@ def damaged_results():
     yield "cut", sound[:-9].encode()
     yield "empty", b""
     yield "null", b"null"
+    yield (
+        "many",
+        sound.replace(
+            '"metrics": {', '"metrics": {' + "".join(f'"m{i}": 1,' for i in range(100_000))
+        ).encode(),
+    )
     yield "large", b'"' + b"x" * (17 << 20) + b'"'
     sweep = sound.replace('"metrics": {', '"metrics": {"miou": 50.0, "miou_by_seed": %s,')
     for i, seeds in enumerate(("3.0", '{"0": {"a": 1.0}}', '{"0": 1e90}', '{"=1": 1.0}')):

@@ -125,7 +125,10 @@ def main(arguments: list[str]) -> None:
     asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
     queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
     if not (options.status or options.dry_run):
-        tidy(options.output, *(options.output / name for name in ("weights", *map(name_of, comparison.entries))))
+        tidy(
+            options.output,
+            *(options.output / name for name in ("weights", *map(name_of, comparison.entries))),
+        )
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():

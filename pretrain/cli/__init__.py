@@ -1,6 +1,7 @@
 """How every tool starts, reads its words, and ends: bad input in one clear line and exit code 2."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -46,7 +47,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             told = way
         if way or isinstance(error, DiskError):
             told += f", then go on with: {resumed(arguments)}"
-        print(f"error: {told}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may lie on the same full disk
+            print(f"error: {told}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)

@@ -14,6 +14,7 @@ MAX_LOG_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
 MAX_PNG_BYTES = 64 << 20
 MAX_PNG_PIXELS = 64_000_000
+MAX_VALUES = 200_000  # of a file of JSON, keys counted
 MAX_DEPTH = 64  # of JSON; Python's recursion ends near 1000
 LARGEST = 1e100  # of numbers, so that sums, squares and axes are finite; float32 ends at 3e38
 MAX_DIGITS = 310
@@ -53,15 +54,17 @@ def parsed(text: str | bytes) -> Any:
     """What JSON says.
 
     Raises:
-        ValueError: it is none, in UTF-8, or is nested too deep, or holds half a surrogate pair.
+        ValueError: it is none, in UTF-8, or is nested too deep, or holds too many values or half a surrogate pair.
     """
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(), parse_int=_whole)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    left = [(value, 0)]
+    left, n = [(value, 0)], 0
     while left:
         item, depth = left.pop()
+        if (n := n + 1) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values")
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
         if isinstance(item, dict):
