@@ -220,7 +220,7 @@ def test_thousands_of_terms_are_not_drawn(tmp_path, capfd):
     (tmp_path / "good" / "metrics.jsonl").write_text(json.dumps({"iteration": 0, **terms}) + "\n")
     assert ended("report", tmp_path, "--output", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 100 and "900 more terms are not drawn" in page
+    assert page.count("<svg") == 60 and "940 more terms are not drawn" in page
 
 
 @pytest.mark.parametrize("text", FORMULAS)

@@ -155,9 +155,9 @@ class Skipped:
             log(f"broken, another image takes its place: {name}")
             if self.file and name not in self._written():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                how = dict[str, str](encoding="utf-8", errors="backslashreplace")
-                with writing(self.file), open(self.file, "a", **how) as file:
-                    file.write(f"{name}\n")
+                line = f"{name}\n".encode(errors="backslashreplace")
+                with writing(self.file), open(self.file, "ab") as file:
+                    file.write(line)
         if self.account.over(self.share):
             counts = self.account.told(0)[0]
             raise UserError(f"data: {counts}, more than a share of {self.share:g}; {self.file} lists them")

@@ -17,7 +17,7 @@ from pretrain.results.schema import KINDS, Result
 from pretrain.results.tables import NONE, Table, duration_text, epochs_text, memory_text
 
 LAYOUTS = ("list", "paper", "dense")
-MOST_TERMS = 100  # that are drawn of a stage: a panel takes a tenth of a second
+MOST_TERMS = 60  # that are drawn of a stage: a panel takes a tenth of a second
 STAGES = {  # of a result, and their heads
     "pretrain": "Pre-training",
     "posttrain": "Post-training",

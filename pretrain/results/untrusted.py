@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsFloat
 
 from pretrain.errors import UserError
 
@@ -89,11 +89,10 @@ def read_json(path: Path, folder: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def is_plain(number: int | float) -> bool:
+def is_plain(number: SupportsFloat) -> bool:
     """Whether a number is finite, and its sums and squares are; false for NaN."""
-    value = (
-        number if isinstance(number, int) else float(number)
-    )  # NumPy would cast the limits to its own type
+    # NumPy would cast the limits to its own type
+    value = number if isinstance(number, int) else float(number)
     return -LARGEST <= value <= LARGEST
 
 
