@@ -15,6 +15,7 @@ from det_plugin.augment import Geometry, evaluation_geometry
 from det_plugin.coco.annotations import CocoSplit, Picture
 from det_plugin.coco.masks import boxes_of
 from det_plugin.coco.metrics import Prediction
+from pretrain.files import replacing
 from pretrain.results.runs import add_caption
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
@@ -54,8 +55,8 @@ def draw_page(
         image, geometry = _resized(split.load(picture), SIDE_PX)
         found = shown(mine, geometry, dict(zip(split.category_ids, split.class_names)))
         cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _table(cells, 2 * COLUMNS).save(path)
+    with replacing(path) as partial:
+        _table(cells, 2 * COLUMNS).save(partial, "PNG")
     shows = "Pictures with their annotations and, on the right, the detections"
     add_caption(path, "Detections beside ground truth", f"{shows} of score {min_score:g} and more.")
     return path

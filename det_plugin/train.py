@@ -69,7 +69,8 @@ def finetune(
             name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
         )
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
-        with run_lock(output), enough(more, f"give --workers below {workers} and go on with --resume"):
+        lock = run_lock(output, getattr(module, "newest_checkpoint", None))
+        with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
             return module.train(run, resume=resume)  # type: ignore[no-any-return]
     finally:
         distributed.stop()

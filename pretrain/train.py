@@ -19,6 +19,7 @@ from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_lo
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError, enough
 from pretrain.evaluation.probes import Probes
+from pretrain.files import write_text
 from pretrain.log import ProgressLine, log
 from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
@@ -236,7 +237,7 @@ class Run:
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
         if is_main:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
             title = f"pretrain {run_name(config)}"
             self.line = ProgressLine(title, trainer.length.total_iters, trainer.iteration)

@@ -25,7 +25,7 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.data.broken import Skipped
 from pretrain.errors import Interrupted, UserError
-from pretrain.files import write_json
+from pretrain.files import write_json, write_text, writing
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, finished, planned, write_result
@@ -106,7 +106,7 @@ class PosfieldRunHook(Hook):
         if is_main_process() and self.log.is_file():  # without the line of this validation
             lines = [(line, json.loads(line)) for line in self.log.read_text(encoding="utf-8").splitlines()]
             kept = [line + "\n" for line, of in lines if of["iteration"] != at or "loss" in of]
-            self.log.write_text("".join(kept), encoding="utf-8")
+            write_text(self.log, "".join(kept))
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -190,7 +190,7 @@ class PosfieldRunHook(Hook):
         return self.earlier_s + time.monotonic() - self.started
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        with open(self.log, "a", encoding="utf-8") as file:
+        with writing(self.log), open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import master_only
 from mmengine.runner import Runner
 
 from pretrain import distributed
@@ -17,7 +18,7 @@ from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
 from pretrain.errors import Interrupted, UserError, enough
-from pretrain.files import read_mapping
+from pretrain.files import read_mapping, replacing
 from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
@@ -130,7 +131,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
     """
     more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
-    with run_lock(run.output), enough(more, f"give --workers below {run.workers} and go on with --resume"):
+    lock = run_lock(run.output, newest_checkpoint)
+    with lock, enough(more, f"give --workers below {run.workers} and go on with --resume"):
         return _train(run, resume)
 
 
@@ -160,7 +162,7 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
-            runner = Runner.from_cfg(cfg)
+            runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             at_end.callback(end_workers, runner)
             runner.train()
@@ -175,6 +177,15 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
         told = str(error).strip().splitlines()[-1]
         raise UserError(told.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     return output / FILE_NAME
+
+
+class _Runner(Runner):
+    """mmengine's, whose checkpoints get their names once they are whole."""
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *options: Any, **more: Any) -> None:
+        with replacing(Path(out_dir) / filename) as partial:
+            super().save_checkpoint(out_dir, partial.name, *options, **more)
 
 
 def _is_over(run: SegmentationRun, cfg: Config) -> bool:

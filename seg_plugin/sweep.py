@@ -18,6 +18,7 @@ from pretrain.jobs import FAILED, LEFT, Runner, Stage, raise_for
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
+from pretrain.run_lock import tidy
 from seg_plugin.config import processes
 from seg_plugin.hooks import SETTINGS_FILE
 from seg_plugin.protocol import SWEEP, with_overrides
@@ -80,6 +81,7 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
         told = "one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
         raise UserError(f"--sweep: {told}")
     folder = Path(run.output) / POINTS
+    tidy(Path(run.output), *{point.output.parent for point in points(run)})
     jobs = {
         str(point.output.relative_to(folder)): [Stage("run", point.output, [*command, str(index)])]
         for index, point in enumerate(points(run))
@@ -101,7 +103,7 @@ def _check_folder(run: SegmentationRun) -> None:
 def status(run: SegmentationRun) -> str:
     """One line a run: its index, its folder, and its mIoU if it is finished."""
     found = [point.output for point in points(run)]
-    done = [(at / FILE_NAME).is_file() and f"{read_result(at).metrics['miou']:.2f}" for at in found]
+    done = [(at / FILE_NAME).is_file() and f"{_result(at).metrics['miou']:.2f}" for at in found]
     return "\n".join(f"{i:3d}  {at}  {miou or '-'}" for i, (at, miou) in enumerate(zip(found, done)))
 
 
@@ -114,7 +116,7 @@ def conclude(run: SegmentationRun) -> Path | None:
     runs = points(run)
     if not all((point.output / FILE_NAME).is_file() for point in runs):
         return None
-    results = [read_result(point.output) for point in runs]
+    results = [_result(point.output) for point in runs]
     weights_hash = file_hash(run.weights, results[0].weights_hash) if run.weights else None
     for point, result in zip(runs, results):
         told = ""
@@ -125,6 +127,19 @@ def conclude(run: SegmentationRun) -> Path | None:
         if told:
             raise UserError(f"sweep: {point.output} {told} and start again")
     return write_result(_summary(runs, results), run.output)
+
+
+def _result(folder: Path) -> Result:
+    """Of a run of the grid.
+
+    Raises:
+        UserError: it cannot be read, or says too little; names it.
+    """
+    result = read_result(folder)
+    for name in ("miou", "macc", "aacc", "iou"):
+        if name not in result.metrics:
+            raise UserError(f"sweep: {folder / FILE_NAME} has no {name}; remove its folder and start again")
+    return result
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:

@@ -323,7 +323,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys)
             "pretrain.checkpoints.tensors.save_file",
             lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")),
         )
-        with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
+        with pytest.raises(OSError, match="it_00000004 cannot be written: No space left"):
             train(run, resume=True)
     assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
     train(run, resume=True, stop_after_it=3)

@@ -36,6 +36,8 @@ from pretrain.log import log
 from pretrain.results.schema import FILE_NAME
 from pretrain.run_lock import check_seen
 
+newest_checkpoint = last_whole
+
 
 def train(run: DetectionRun, resume: bool = False) -> Path:
     """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.

@@ -26,6 +26,7 @@ import torch
 
 from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.device import choose_device
+from pretrain.files import write_text
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
 # Modules whose ``measure`` takes the options by their names
@@ -70,8 +71,7 @@ def main(arguments: list[str]) -> None:
     found |= {"packages": packages_in_use(), "hardware": hardware()}
     show(found)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        write_text(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

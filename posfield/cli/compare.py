@@ -20,12 +20,13 @@ from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
 from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.config import SHIPPED
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.jobs.slurm import Queue
 from pretrain.jobs.stage import OTHER, is_to_begin
+from pretrain.run_lock import tidy
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -123,6 +124,11 @@ def main(arguments: list[str]) -> None:
     words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
     asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
     queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
+    if not (options.status or options.dry_run):
+        tidy(
+            options.output,
+            *(options.output / name for name in ("weights", *map(name_of, comparison.entries))),
+        )
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():
@@ -138,7 +144,10 @@ def main(arguments: list[str]) -> None:
     failed, left = ({}, []) if options.tables else go_on(comparison, weights, runs, options, queue)
     if not options.dry_run:
         done = [run for run in planned if run.is_done]
-        print(compare.write_tables(done, weights, comparison.tables, options.output, options.config.stem))
+        where = options.output, options.config.stem
+        text, unread = compare.write_tables(done, weights, comparison.tables, *where)
+        print(text)
+        failed |= unread
     for name, why in failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        print(f"failed: {name}: {one_line(why)}", file=sys.stderr)
     raise_for(f"failed: {', '.join(failed)}" if failed else "", left, f"{len(runs)} runs")

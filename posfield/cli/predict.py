@@ -26,7 +26,7 @@ from det_plugin.run import engine_of
 from pretrain.cli import command_parser
 from pretrain.data.sources.files import hidden, is_image, left_out
 from pretrain.errors import TRUST_HELP, UserError
-from pretrain.files import put_in_place
+from pretrain.files import put_in_place, replacing, write_text, writing
 from pretrain.log import ProgressLine, log
 
 
@@ -73,19 +73,20 @@ class Results:
         for prediction in found.results:
             whole = {"id": self.annotations + 1, "image_id": number, **prediction}
             whole |= {"area": int(coco_api().mask.area(prediction["segmentation"])), "iscrowd": 0}
-            self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
+            with writing(self.path):
+                self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
             self.annotations += 1
 
     def close(self) -> None:
         """Write the rest and give the file its name. Without an image nothing stays."""
         images = json.dumps(self.images)
         categories = json.dumps([{"id": id, "name": name} for id, name in self.classes.items()])
-        self.file.write(f'\n], "images": {images}, "categories": {categories}}}\n')
-        self.file.close()
-        if self.images:
-            put_in_place(self.partial, self.path)
-        else:
-            self.partial.unlink()
+        with writing(self.path):
+            self.file.write(f'\n], "images": {images}, "categories": {categories}}}\n')
+            self.file.close()
+            if self.images:
+                put_in_place(self.partial, self.path)
+        self.partial.unlink(missing_ok=True)
 
 
 def picture_paths(names: list[str], folder: Path, suffix: str = ".jpg") -> Iterator[Path]:
@@ -142,7 +143,7 @@ def segmented(
 
     told = over_images(segment, images, output / "pictures")
     meaning = [f"{value}: {name}\n" for value, name in zip(values, segmenter.classes)]
-    (output / "classes.txt").write_text("".join(meaning))
+    write_text(output / "classes.txt", "".join(meaning))
     return f"label maps of {told}: {output / 'labels'}"
 
 
@@ -170,8 +171,8 @@ def over_images(
                 skipped += 1
                 continue
             if picture is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(file, quality=92)
+                with replacing(file) as partial:
+                    Image.fromarray(picture).save(partial, "JPEG", quality=92)
             left_s = (time.monotonic() - started) / done * (len(images) - done)
             line.update(done, f"{done - skipped} images", left_s)
     finally:

@@ -1,6 +1,7 @@
 """How every tool starts, reads its words, and ends: bad input in one clear line and exit code 2."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -9,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import Interrupted, UserError, enough
+from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, enough
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -38,11 +39,17 @@ def run(main: Callable[[list[str]], None]) -> None:
         refuse_empty(arguments)
         with enough("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
-    # OSError names the file: one that cannot be written, a full disk; of a loss the run has said where
+    # OSError names the file; of a loss the run has said where
     except (UserError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+        if way := isinstance(error, OSError) and disk_problem(error):
+            told = way
+        if way or isinstance(error, DiskError):
+            told += f", then go on with: {resumed(arguments)}"
+        with contextlib.suppress(OSError):  # stderr may lie on the same full disk
+            print(f"error: {told}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)

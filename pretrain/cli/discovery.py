@@ -28,7 +28,7 @@ from pretrain.device import choose_device
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import frozen_features
-from pretrain.files import csv_text, write_text
+from pretrain.files import csv_text, write_text, writing
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.signals import StopSignals
@@ -94,8 +94,9 @@ def measure(
                 found = discover(features, pixels, image.boxes, methods, options.features, options.size)
                 columns = {f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()}
                 row = {"image": image.path.name, **columns}
-                file.write(json.dumps([str(image.path), row]) + "\n")
-                file.flush()
+                with writing(part):
+                    file.write(json.dumps([str(image.path), row]) + "\n")
+                    file.flush()
                 if number in chosen:
                     judged = {m: (f.box, f.hit) for m, f in found.items()}
                     shown.append(Boxed(image.path.name, pixels, image.boxes, judged))

@@ -9,6 +9,7 @@ import numpy as np
 
 from pretrain.data.decode import FORMATS
 from pretrain.errors import UserError
+from pretrain.files import replacing, writing
 from pretrain.log import log
 
 FILE_NAME = "broken_images.txt"
@@ -123,7 +124,8 @@ class BrokenFiles:
         """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; none: no file."""
         if self.files:
             lines = "".join(f"{name}\n" for name in sorted(self.files))
-            (folder / FILE_NAME).write_text(lines, encoding="utf-8", errors="backslashreplace")
+            with replacing(folder / FILE_NAME) as partial:
+                partial.write_text(lines, encoding="utf-8", errors="backslashreplace")
 
     def state(self) -> dict[str, Any]:
         """Plain values, for other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same account."""
@@ -153,8 +155,9 @@ class Skipped:
             log(f"broken, another image takes its place: {name}")
             if self.file and name not in self._written():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.file, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(f"{name}\n")
+                line = f"{name}\n".encode(errors="backslashreplace")
+                with writing(self.file), open(self.file, "ab") as file:
+                    file.write(line)
         if self.account.over(self.share):
             counts = self.account.told(0)[0]
             raise UserError(f"data: {counts}, more than a share of {self.share:g}; {self.file} lists them")

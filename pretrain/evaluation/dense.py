@@ -27,7 +27,7 @@ from pretrain.evaluation.features import Features
 from pretrain.evaluation.in_context import InContextSettings, in_context
 from pretrain.evaluation.knn import KnnSettings, knn_classification
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
-from pretrain.files import read_mapping, write_json
+from pretrain.files import read_mapping, replacing, write_json
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib
 from pretrain.results.schema import FILE_NAME, Protocol, read_result
@@ -316,8 +316,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:
 
 def _leave(file: Path, identity: Mapping[str, Any], done: Outcome) -> None:
     """The json is written last and in one step: where it exists, the task is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     maps: dict[str, Any] = {name: np.stack(some) for name, some in done.maps.items() if some}
-    np.savez_compressed(file.with_suffix(".npz"), **maps)
+    with replacing(file.with_suffix(".npz")) as partial, open(partial, "wb") as arrays:
+        np.savez_compressed(arrays, **maps)
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
     write_json(file, {"of": identity, "metrics": done.metrics, **cost})

@@ -4,12 +4,12 @@
 :func:`plan` do not depend on each other.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +27,7 @@ from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
+from pretrain.results.untrusted import parsed
 from pretrain.weights.sources.posfield import FORMAT
 
 ASKED = ("source", "subnet", "patch_size", "method", "effective_epochs")  # options of convert() in an entry
@@ -101,8 +102,7 @@ def prepare(entry: Entry, weights: Weights) -> None:
         convert(weights.source, weights.file, name=entry.backbone, **asked)
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
-    weights.note.parent.mkdir(parents=True, exist_ok=True)
-    weights.note.write_text(shlex.join(weights.identity))
+    write_text(weights.note, shlex.join(weights.identity))
 
 
 def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry]) -> dict[str, str]:
@@ -125,6 +125,15 @@ def _metadata(file: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except (SafetensorError, OSError):  # the conversion will say what is wrong with it
         return {}
+
+
+def _told(file: Path, key: str) -> dict[str, Any]:
+    """The mapping in the metadata; none where it is something else."""
+    try:
+        said = parsed(_metadata(file).get(key, "{}"))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,27 +206,33 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
             raise UserError(f"{key}: there is no {folder}")
 
 
-def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[Result]:
+def results(
+    done: Sequence[FineTuning], weights: Mapping[str, Weights]
+) -> tuple[list[Result], dict[str, str]]:
     """The results of finished runs, under the comparison's names of the methods, and of our own pre-trainings beside
-    the weights: these tell whether they were scaled down."""
-    found = []
+    the weights: these tell whether they were scaled down. And {name of a run: why it cannot be read}."""
+    found, unread = [], {}
     for run in done:
-        result, of_run = read_result(run.folder), weights[name_of(run.entry)]
-        found.append(result.with_changes(method=run.entry.method))
+        of_run = weights[name_of(run.entry)]
         beside = of_run.source.with_name(FILE_NAME)
-        before = read_result(beside) if beside.is_file() else None
+        try:
+            result = read_result(run.folder)
+            before = read_result(beside) if beside.is_file() else None
+        except UserError as error:
+            unread[run.name] = str(error)
+            continue
+        found.append(result.with_changes(method=run.entry.method))
         if before and (before.kind, before.weights_hash) == ("pretrain", of_run.digest):
             # the run may have read a converted file
             found.append(before.with_changes(weights_hash=result.weights_hash))
-    return found
+    return found, unread
 
 
 def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> Table:
     """Of which files the rows of these runs are, and how they were read."""
     lines = []
     for name, entry in {name_of(run.entry): run.entry for run in done}.items():
-        metadata = _metadata(weights[name].file)
-        model_kwargs, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        model_kwargs, told = (_told(weights[name].file, key) for key in ("flags", "provenance"))
         patch = told.get("patch_size_before", model_kwargs.get("patch_size", PROTOCOL_PATCH_PX))
         read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
@@ -229,12 +244,17 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
 
 def write_tables(
     done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str
-) -> str:
+) -> tuple[str, dict[str, str]]:
     """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables beside what was measured, and the files
-    of weights. Returns the first of them."""
-    shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
+    of weights.
+
+    Returns:
+        the first of them, and {name of a run that is not in it: why it cannot be read}.
+    """
+    found, unread = results(done, weights)
+    shown = [*paper_tables(found, tables), *([weights_table(done, weights)] if done else [])]
     texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
     texts["html"] = page(name, {"Results": texts["html"]})
     for suffix, text in texts.items():
         write_text(output / f"{name}.{suffix}", text)
-    return texts["md"]
+    return texts["md"], unread

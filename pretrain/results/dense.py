@@ -28,7 +28,7 @@ METRICS = {
     "clustering_miou": "clustering mIoU",
     "knn_top1": "k-NN top-1",
 }
-MORE_CLUSTERS = re.compile(r"clustering_k(\d+)_miou")
+MORE_CLUSTERS = re.compile(r"clustering_k(\d{1,9})_miou")
 
 
 def dense_table(
