@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, deviations, other_images
-from pretrain.build import network_kwargs
+from pretrain.build import PROTOCOL_PATCH_PX, network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
@@ -125,6 +125,7 @@ def leave_result(
     fields: dict[str, Any] = {
         "kind": "detection",
         "backbone": run.backbone,
+        "patch_px": run.model_kwargs.get("patch_size", PROTOCOL_PATCH_PX),
         "protocol": Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
         "metrics": dict(metrics),
         "seed": run.seed,

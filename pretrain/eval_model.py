@@ -108,6 +108,7 @@ class EvalModel:
             kind=kind,
             method=self.method,
             backbone=self.backbone,
+            patch_px=self.patch_px,
             effective_epochs=self.effective_epochs,
             protocol=protocol,
             metrics=dict(metrics),

@@ -177,6 +177,7 @@ class PosfieldRunHook(Hook):
         return {
             "kind": "segmentation",
             "backbone": runner.cfg.model.backbone.name,
+            "patch_px": _model(runner).backbone.vit.patch_size,
             "protocol": Protocol(name=name, version=version, full=not changed, deviations=changed),
             "metrics": dict(metrics),
             "labels": self.labels,

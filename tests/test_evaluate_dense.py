@@ -491,3 +491,17 @@ def test_nothing_to_evaluate_on(home, tmp_path):
         evaluate(home, tmp_path, data=None)
     with pytest.raises(UserError, match="--before has no effect without --data"):
         evaluate(home, tmp_path, "--knn-root", home / "classes", "--before", home / "dino.pth", data=None)
+
+
+def test_a_vit_of_patches_of_14_px_is_no_other_in_the_table(home, tmp_path):
+    """Its registered name says 16: it was called ViT-S/16, and differenced against one."""
+    task = ["linear.image_px=28", "linear.label_px=14", "linear.epochs=1", "linear.batch_size=2"]
+    for side in (14, 16):
+        write_start(tmp_path / f"{side}.safetensors", depth=1, patch_size=side)
+        out = tmp_path / f"out{side}"
+        evaluate(home, out, "--tasks", "linear", *task, weights=tmp_path / f"{side}.safetensors")
+    results = [read_result(tmp_path / f"out{side}") for side in (14, 16)]
+    results = [result.with_changes(method=f"of {i}") for i, result in enumerate(results)]
+    rows = [row for row in dense_table(results, against="of 1").records if row["source"] == "measured"]
+    assert sorted(row["backbone"] for row in rows) == ["ViT-T/14", "ViT-T/16"]
+    assert {row["linear_miou_difference"] for row in rows} == {""}

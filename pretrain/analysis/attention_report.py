@@ -187,7 +187,7 @@ def build_page(
     for m, r in zip(measured, results):
         (nmi, nmi_std), (mad, mad_std) = m.by_layer("nmi"), m.by_layer("mad_px")
         numbers = [f"{nmi.mean():.4f}", f"{nmi[-1]:.4f}", f"{mad.mean():.1f}", f"{mad[-1]:.1f}"]
-        means.append([m.name, r.method, r.backbone, len(m.nmi), *numbers, r.protocol.label])
+        means.append([m.name, r.method, r.network, len(m.nmi), *numbers, r.protocol.label])
         layers = enumerate(zip(nmi, nmi_std, mad, mad_std), 1)
         rows = [[i, f"{a:.4f} ± {a_std:.4f}", f"{b:.1f} ± {b_std:.1f}"] for i, (a, a_std, b, b_std) in layers]
         by_layer.append((m.name, rows))

@@ -31,7 +31,7 @@ FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gr
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
 OF_NUMBERS = ("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib")
 # Not written where empty: older readers do not know them.
-NEW_KEYS = ("loss_terms", "post_training", "labels")
+NEW_KEYS = ("loss_terms", "post_training", "labels", "patch_px")
 
 
 def now() -> str:
@@ -113,6 +113,7 @@ class Result(_Record):
     kind: Kind = ours(..., "what the run did")
     method: str = ours(..., "of the pre-training, as tables show it")
     backbone: str = ours(..., "registry name")
+    patch_px: int | None = ours(None, "side of its patches; null: the one that `backbone` names", ge=1)
     effective_epochs: float | None = ours(
         ...,
         "of the pre-training, in epochs of two crops of 224 px; null: unknown",
@@ -149,6 +150,11 @@ class Result(_Record):
         check(value)
         return value
 
+    @field_validator("patch_px")
+    @classmethod
+    def _unless_named(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return None if re.search(rf"_patch{value}(?!\d)", str(info.data.get("backbone"))) else value
+
     @model_validator(mode="after")
     def _agree(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
@@ -167,6 +173,12 @@ class Result(_Record):
     def with_changes(self, **changes: Any) -> "Result":
         """The same run with some fields changed; all is checked again."""
         return Result(**{**dict(self), **changes})
+
+    @property
+    def network(self) -> str:
+        """`backbone` with its real patch: the ViT-S/14 that is built as "vit_small_patch16" is none of 16 px."""
+        patch = "" if self.patch_px is None else f"_patch{self.patch_px}"
+        return re.sub(r"_patch\d+", patch, self.backbone) if patch else self.backbone
 
     @property
     def stage(self) -> str:
