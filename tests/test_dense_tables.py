@@ -248,7 +248,9 @@ def test_every_kind_of_result_is_called_by_its_real_patch():
         result("pretrain", {"loss": 1.0}, patch_px=14, weights_hash="another"),
     ]
     tables = tables_of(runs)
-    backbones = [row["backbone"] for table in tables for row in csv_rows(table) if row.get("source") != "published"]
+    backbones = [
+        row["backbone"] for table in tables for row in csv_rows(table) if row.get("source") != "published"
+    ]
     assert backbones == ["ViT-S/14", "vit_small_patch14"]
     assert "ViT-S/14" in build_report([Run(run, {}, []) for run in runs])
 

@@ -84,22 +84,25 @@ class Features:
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
         """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the
-        end); a UserError where they are not finite, as of :meth:`keys`."""
+        end); a UserError where they are not finite, as of :meth:`attended`."""
         found: list[Tensor] = []
         wanted = range(len(layer_names(self.backbone)))[layer]
         self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
         return finite(torch.cat(found))
 
-    def keys(self, images: Tensor) -> Tensor:
-        """Keys of the last attention layer, heads side by side, of the patches alone: [n, N, D]."""
+    def attended(self, images: Tensor, which: str = "keys", bias: bool = True) -> Tensor:
+        """``queries``, ``keys`` or ``values`` of the last attention layer, heads side by side, of the patches
+        alone, with the bias of their projection or without: [n, N, D]."""
         found: list[Tensor] = []
-        last = self.backbone.blocks[-1]
+        last, third = self.backbone.blocks[-1], ("queries", "keys", "values").index(which)
         assert isinstance(last, Block)
-        keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[1]))  # noqa: E731
+        own = last.attn.qkv.bias.chunk(3)[third]
+        keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[third]))  # noqa: E731
         with last.attn.qkv.register_forward_hook(keep):
             for _ in self._passes(images):
                 pass
-        return finite(torch.cat(found)[:, self.backbone.n_prefix :])
+        patches = finite(torch.cat(found)[:, self.backbone.n_prefix :])
+        return patches if bias else patches - at_least_float32(own)
 
     def _passes(self, images: Tensor, masks: Tensor | None = None) -> Iterator[tuple[int, Tokens]]:
         """Number of images done, and the tokens of the last of them."""

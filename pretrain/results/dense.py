@@ -103,7 +103,9 @@ def _base(row: Measured, rows: Sequence[Measured], against: str) -> Measured | s
     """The row of the method ``against`` that a row is compared with; else why there is none, "" of its own."""
     if row.run.method == against:
         return ""
-    bases = [base for base in rows if base.run.method == against and tables.set_of(base) == tables.set_of(row)]
+    bases = [
+        base for base in rows if base.run.method == against and tables.set_of(base) == tables.set_of(row)
+    ]
     networks = sorted({backbone_label(base.run.network) for base in bases})
     if backbone_label(row.run.network) not in networks:
         return f"{against} is {' and '.join(networks)}" if networks else f"{against} is not measured there"
