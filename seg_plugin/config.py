@@ -20,8 +20,9 @@ from pretrain.backbones.vit import SIZES
 from pretrain.build import network_kwargs
 from pretrain.data.datasets import LabelSet, MaskRule
 from pretrain.errors import TRUST, UserError
+from pretrain.files import read_plain
 from pretrain.results.provenance import config_hash
-from pretrain.settings import compared, replaced
+from pretrain.settings import MAX_YAML_BYTES, compared, replaced, without_content
 from seg_plugin import protocol as protocols
 from seg_plugin.data import PARTS, dataset_of, label_set, section
 from seg_plugin.protocol import SegmentationProtocol, protocol, with_overrides
@@ -200,7 +201,7 @@ def read_saved(path: Path, trust: bool = False) -> Config:
     if trust:
         return Config.fromfile(path)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = ast.parse(read_plain(path, MAX_YAML_BYTES).decode()).body
         values = {_assigned(line): _literal(line.value) for line in body if isinstance(line, ast.Assign)}
         if len(values) != len(body):
             raise ValueError("it holds more than names with values")
@@ -217,8 +218,7 @@ def read_saved(path: Path, trust: bool = False) -> Config:
         RecursionError,
         MemoryError,
     ) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"run: {path} is no plain data ({told}); {TRUST}") from error
+        raise UserError(f"run: {path} is no plain data ({without_content(error)}); {TRUST}") from error
 
 
 def _assigned(line: ast.Assign) -> str:

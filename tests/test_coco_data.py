@@ -106,12 +106,13 @@ BOMB = "".join(LINKS) + "train: *a11"  # 9 ** 12 numbers, if it were written out
 
 @pytest.mark.parametrize("text, message", [
     ("train: {annotations: a.json, images: .}", "no file .*a.json"),
-    ("val: {annotations: a.json, images: .}", "must hold train: .*not train: None"),
+    ("val: {annotations: a.json, images: .}", "must hold train: "),
     ("train: {annotations: a.json}", "must hold train: {annotations: FILE, images: FOLDER}"),
     ("train: {annotations: a.json, images: ., extra: b}", "must hold train"),
     ("train: {annotations: 3, images: .}", "must hold train"),
     ("train: " + "[" * 5000, "is no YAML"), (BOMB, "must hold train"),
-    ("train: coco", "not train: 'coco'"), ("- train", "must hold train"), ("a: [", "is no YAML"), ("", "must hold train"),
+    ("train: coco", "must hold train: {annotations: FILE, images: FOLDER}$"), ("- train", "must hold train"),
+    ("a: [", "is no YAML"), ("", "must hold train"),
 ])  # fmt: skip
 def test_damaged_yaml_is_named(tmp_path, text, message):
     (tmp_path / "data.yaml").write_text(text)

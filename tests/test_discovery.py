@@ -332,8 +332,8 @@ def test_malformed_coco(tmp_path, spoil, said):
 
 def test_what_is_asked_for_and_not_there(tmp_path):
     coco, voc = write_coco(tmp_path / "coco"), write_voc(tmp_path / "voc")
-    (tmp_path / "list.txt").write_text("000000000099\n")
-    for root in (coco, voc):
+    for root, there in ((coco, "000000001001"), (voc, "000000")):
+        (tmp_path / "list.txt").write_text(f"{there}\n000000000099\n")
         with pytest.raises(UserError, match="'000000000099'"):
             read_boxes(root, names=tmp_path / "list.txt")
     with pytest.raises(UserError, match="no folder test2017/"):

@@ -51,7 +51,7 @@ def put(file, content):
             write_folder,
             lambda r: put(r / "classes.txt", b"cat\ncat\n"),
             "val",
-            r"classes\.txt names 1 different classes in 2",
+            r"classes\.txt: the lines 1 and 2 name one class; give each its own",
         ),
         (
             write_folder,
@@ -67,7 +67,7 @@ def put(file, content):
         ),
         (
             lambda r: write_folder(r, flat=True),
-            lambda r: put(r / "val.txt", b"7000\n"),
+            lambda r: put(r / "val.txt", b"1000\n7000\n"),
             "val",
             r"of .*val\.txt have no .*: 7000$",
         ),
@@ -75,7 +75,7 @@ def put(file, content):
             lambda r: write_folder(r, flat=True),
             lambda r: put(r / "val.txt", b"3\n4\n3\n"),
             "val",
-            r"val\.txt names 3 twice",
+            r"val\.txt names one image twice, in the lines 1 and 3",
         ),
         (
             lambda r: write_folder(r, flat=True),

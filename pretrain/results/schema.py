@@ -257,7 +257,10 @@ def read_result(path: str | Path) -> Result:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    return validated(Result, read_json(path), str(path))
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no mapping, as a {FILE_NAME} is")
+    return validated(Result, content, str(path))
 
 
 _LEFT = object()
