@@ -92,6 +92,11 @@ def read_mapping(path: Path, area: str) -> dict[str, Any]:
     return content
 
 
+def one_line(text: str) -> str:
+    """A text whose :func:`breaks_line` characters, of a file's name perhaps, are escaped."""
+    return "".join(ascii(letter)[1:-1] if breaks_line(letter) else letter for letter in text)
+
+
 @contextmanager
 def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """Write ``path`` in one step: readers see the old file (or folder) or the new one, never a part.

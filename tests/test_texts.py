@@ -6,8 +6,10 @@ import signal
 
 import pytest
 from coco_fixture import write_coco
+from dense_fixture import write_start
 from label_set_fixture import write_folder
-from tool_fixture import load_tool
+from photos import write_photos
+from tool_fixture import ended, load_tool
 
 from det_plugin.coco.layout import locate
 from pretrain.config import load_config
@@ -176,3 +178,14 @@ def test_lists_in_any_encoding(tmp_path):
         listed_stems(file)
     # Names of files are bytes.
     assert len(open_source(DataSettings(root=str(file)))) == 2
+
+
+def test_a_line_break_in_a_folders_name_breaks_no_error(tmp_path, capsys):
+    for part in ("train", "val"):
+        write_photos(tmp_path / "set" / part / "a\nb\x1b[2J", n=2, size=(40, 30))
+    (tmp_path / "set" / "val" / "a\nb\x1b[2J" / "000.jpg").write_bytes(b"no")
+    weights = write_start(tmp_path / "w.safetensors", depth=1)
+    words = ["--weights", weights, "--knn-root", tmp_path / "set", "--output", tmp_path / "out", "--device", "cpu"]
+    assert ended("evaluate dense", *words, "knn.resize_px=40", "knn.crop_px=32", "knn.k=1") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "a\\nb\\x1b[2J/000.jpg cannot be read" in line

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import one_line
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (UserError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)
