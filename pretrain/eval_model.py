@@ -36,6 +36,7 @@ class EvalModel:
         seed: of the training that left the file; 0 where it does not say one.
         training: config hash of that training, equal for trainings that differ in their seed alone; None:
             unknown.
+        own_patch_px: side of the file's patches; other ones are resampled.
     """
 
     label: str
@@ -48,6 +49,7 @@ class EvalModel:
     source: str | None = None
     seed: int = 0
     training: str | None = None
+    own_patch_px: int = 0
 
     @property
     def folder(self) -> str:
@@ -85,6 +87,8 @@ class EvalModel:
             started: ``time.perf_counter()`` at its beginning.
         """
         changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
+        if self.own_patch_px not in (0, self.patch_px) and "patch_px" not in settings:
+            changed["patch_size"] = [self.own_patch_px, self.patch_px]
         followed = Protocol(name=protocol, version=1, full=not changed, deviations=changed)
         used, took = self._used(protocol, settings), time.perf_counter() - started
         self.write_result(folder, "analysis", followed, used, metrics, seed=0, wall_time_s=took)
@@ -164,6 +168,7 @@ def open_models(
             source=source,
             seed=seed if type(seed) is int and 0 <= seed < 2**32 else 0,
             training=training if isinstance(training, str) else None,
+            own_patch_px=int(checkpoint.model_kwargs["patch_size"]),
         )
         models.append(model)
     return named_apart(models)

@@ -19,6 +19,7 @@ from mmengine.config import Config
 from pretrain.backbones.vit import SIZES
 from pretrain.build import network_kwargs
 from pretrain.data.datasets import LabelSet, MaskRule
+from pretrain.data.images import n_shared
 from pretrain.errors import TRUST, UserError
 from pretrain.files import read_plain
 from pretrain.results.provenance import config_hash
@@ -334,9 +335,12 @@ def deviations(cfg: Config, model_kwargs: Mapping[str, Any], processes: int) -> 
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     changed |= dict(sorted(compared(_recipe(Config(made), 1), _recipe(cfg, processes)).items()))
-    for (split, found), count in zip(label_sets(cfg).items(), dataset_of(declared).counts or ()):
+    sets = label_sets(cfg)
+    for (split, found), count in zip(sets.items(), dataset_of(declared).counts or ()):
         if len(found) != count:
             changed[f"{split}_images"] = [count, len(found)]
+    if shared := n_shared(*(found.named for found in sets.values())):
+        changed["shared_images"] = [0, shared]
     if given := network_kwargs(model_kwargs):
         changed["model_kwargs"] = [{}, given]
     return {**changed, **protocols.not_swept(declared)}

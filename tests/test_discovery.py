@@ -546,6 +546,11 @@ def test_the_whole_image_in_every_image_is_no_corloc(tmp_path, of, capsys):
     assert "no CorLoc of lost: in 5 of 5 images it finds the whole image" in capsys.readouterr().out
 
 
+def test_patches_that_are_resampled_are_a_deviation(tmp_path):
+    result, _ = discovered(tmp_path, 0.0, "--patch-size", "8")
+    assert result.protocol.deviations == {"patch_size": [16, 8]} and result.network == "vit_tiny_patch8"
+
+
 def test_the_whole_images_own_corloc_is_named(tmp_path):
     """Objects that fill their images are found by whoever says so of every image."""
     root = write_voc(tmp_path / "VOC2007")

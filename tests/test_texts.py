@@ -185,7 +185,16 @@ def test_a_line_break_in_a_folders_name_breaks_no_error(tmp_path, capsys):
         write_photos(tmp_path / "set" / part / "a\nb\x1b[2J", n=2, size=(40, 30))
     (tmp_path / "set" / "val" / "a\nb\x1b[2J" / "000.jpg").write_bytes(b"no")
     weights = write_start(tmp_path / "w.safetensors", depth=1)
-    words = ["--weights", weights, "--knn-root", tmp_path / "set", "--output", tmp_path / "out", "--device", "cpu"]
+    words = [
+        "--weights",
+        weights,
+        "--knn-root",
+        tmp_path / "set",
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     assert ended("evaluate dense", *words, "knn.resize_px=40", "knn.crop_px=32", "knn.k=1") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "a\\nb\\x1b[2J/000.jpg cannot be read" in line

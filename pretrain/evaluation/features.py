@@ -1,5 +1,6 @@
 """What all evaluations share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,16 @@ def finite(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite numbers")
     return x
+
+
+def check_varied(x: Tensor, signals: object) -> None:
+    """A UserError where features [n, D] of different images (or patches) are all the same: a score would be that
+    of a constant answer. In a probe (no signals), which may look at a network that collapses, a warning."""
+    if len(x) > 1 and bool((x.amax(0) - x.amin(0) <= 1e-6 * x.abs().amax()).all()):
+        told = "the backbone's features are the same everywhere: the score is that of a constant answer"
+        if signals is not None:
+            raise UserError(told)
+        warnings.warn(told, stacklevel=3)
 
 
 def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:

@@ -44,7 +44,7 @@ from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_lon
 from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
 from pretrain.evaluation.knn import nearest
 from pretrain.evaluation.linear_segmentation import Pixels, cropped
-from pretrain.evaluation.miou import class_ious, confusion_of, hungarian, mean_iou, named_ious
+from pretrain.evaluation.miou import class_ious, confusion_of, hungarian, mean_iou, n_present, named_ious
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
@@ -86,7 +86,7 @@ def in_context(
     signals: StopSignals | None = None,
 ) -> Outcome:
     """An evaluator: ``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before
-    matching), in percent, and maps ``in_context`` (before matching). The search looks at signals after each
+    matching), in percent, ``val_classes``, and maps ``in_context`` (before matching). The search looks at signals after each
     chunk of the memory."""
     side = whole_patches(settings.image_px, features)
     n_patches = (side // features.backbone.patch_size) ** 2  # of an image
@@ -107,10 +107,11 @@ def in_context(
         tell()
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
-    confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
+    confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown, signals)
     metrics = {
         "in_context_miou": mean_iou(confusion),
         "in_context_hungarian_miou": mean_iou(confusion, hungarian(confusion)),
+        "val_classes": n_present(confusion),
         "in_context_class_iou": named_ious(class_ious(confusion), val.classes),
     }
     return Outcome(metrics, {"in_context": maps})

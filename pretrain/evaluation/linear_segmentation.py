@@ -34,7 +34,7 @@ from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, check_signals
 from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
-from pretrain.evaluation.miou import class_ious, confusion_of, mean_iou, named_ious, shrink
+from pretrain.evaluation.miou import class_ious, confusion_of, mean_iou, n_present, named_ious, shrink
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.boxes import TRIES, draw_crops
@@ -85,13 +85,15 @@ def linear(
     signals: StopSignals | None = None,
 ) -> Outcome:
     """An evaluator: ``linear_miou`` and ``linear_class_iou``, in percent, and maps ``linear``, of a 1x1
-    convolution on frozen features. Signals are looked at before each epoch."""
+    convolution on frozen features; ``val_classes``: how many occur in the labels. Signals are looked at before each epoch."""
     side = whole_patches(settings.image_px, features)
     head = new_head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
     fit(head, features, drawn(train, settings), settings, side, signals)
-    confusion, maps = confusion_of(head, features, val, side, settings.label_px, settings.map_px, n_shown)
+    sides = side, settings.label_px, settings.map_px
+    confusion, maps = confusion_of(head, features, val, *sides, n_shown, signals)
     ious = named_ious(class_ious(confusion), val.classes)
-    return Outcome({"linear_miou": mean_iou(confusion), "linear_class_iou": ious}, {"linear": maps})
+    found = {"linear_miou": mean_iou(confusion), "val_classes": n_present(confusion)}
+    return Outcome({**found, "linear_class_iou": ious}, {"linear": maps})
 
 
 def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
