@@ -242,6 +242,15 @@ def test_a_network_is_called_by_its_real_patch_and_compared_with_its_like_alone(
     assert [row["linear_miou_n"] for row in csv_rows(dense_table(seeds))[6:]] == ["1", "1"]
 
 
+def test_sets_of_one_name_are_not_differenced():
+    numbers = {"linear_miou": 70.0, "images": 40}
+    runs = [dense("toy", method="iBOT", metrics=numbers), dense("toy", metrics=numbers, labels="4 classes")]
+    runs += [dense("toy", method="PaKA", metrics=numbers | {"images": 41})]
+    table = dense_table(runs, against="iBOT")
+    assert {row["linear_miou_difference"] for row in csv_rows(table)} == {""}
+    assert any("intertwined, ViT-S/16 on toy (iBOT was evaluated otherwise)" in note for note in table.notes)
+
+
 def test_every_kind_of_result_is_called_by_its_real_patch():
     runs = [
         result("detection", {"box_ap": 40.0}, patch_px=14),

@@ -106,7 +106,8 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
 
     run = read_run(tmp_path / "out" / "result.json")
     result, other = run.result, read_result(tmp_path / "out" / "knn")
-    assert result.metrics == expected and other.metrics == of_classes
+    assert result.metrics == expected | {"images": 2} and other.metrics == of_classes | {"images": 6}
+    assert other.labels == "2 classes of classes"
     assert {
         "linear_miou",
         "in_context_miou",
@@ -150,7 +151,7 @@ def test_a_file_of_dinos_on_voc_says_all_deviations(home, tmp_path):
     )  # --tasks takes the words after it, too
     result = read_result(tmp_path / "out")
     mious = {"in_context_miou", "in_context_hungarian_miou", "in_context_class_iou"}
-    assert set(result.metrics) == mious | {"val_classes"}
+    assert set(result.metrics) == mious | {"val_classes", "images"}
     assert (result.method, result.backbone, result.effective_epochs) == ("DINO", "vit_tiny_patch16", None)
     changed = result.protocol.deviations
     assert result.protocol.name == "dense-voc2012" and set(changed) == {

@@ -6,6 +6,7 @@ The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a sc
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.results import tables
@@ -110,11 +111,15 @@ def _base(row: Measured, rows: Sequence[Measured], against: str) -> Measured | s
     if backbone_label(row.run.network) not in networks:
         return f"{against} is {' and '.join(networks)}" if networks else f"{against} is not measured there"
     # The config also says from which kind of file, which may differ.
-    like = (row.run.network, row.run.protocol.identity, row.run.labels)
-    bases = [b for b in bases if (b.run.network, b.run.protocol.identity, b.run.labels) == like]
+    bases = [base for base in bases if _compared(base.run) == _compared(row.run)]
     if not bases:
         return f"{against} was evaluated otherwise"
     return bases[0] if len(bases) == 1 else f"{len(bases)} rows of {against} are like it"
+
+
+def _compared(run: Result) -> tuple[Any, ...]:
+    """Equal for runs on the same labels by the same evaluation. Sets of one's own may share a name."""
+    return run.network, run.protocol.identity, run.labels, run.metrics.get("images")
 
 
 def _reasons(rows: Sequence[Measured], against: str) -> list[str]:
