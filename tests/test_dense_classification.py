@@ -91,7 +91,8 @@ def test_equals_a_plain_loop(features, tmp_path):
     expected = {k: by_loop(features, root, k) for k in (2, 5, 20)}
     assert metrics == pytest.approx(
         {
-            "knn_top1": expected[20], "largest_class": 100 / 3,
+            "knn_top1": expected[20],
+            "largest_class": 100 / 3,
             **{f"knn_top1_k{k}": expected[k] for k in (2, 5, 20)},
         }
     )

@@ -571,3 +571,18 @@ def test_of_how_many_classes_a_mean_is(home, tmp_path, capsys):
     evaluate(home, tmp_path / "out", "--tasks", "linear", *LINEAR, data=tmp_path / "set")
     assert read_result(tmp_path / "out").metrics["val_classes"] == 2
     assert "(2 of 4 classes occur)" in capsys.readouterr().out
+
+
+def test_classes_without_a_training_pixel_and_more_neighbors_than_patches_are_told(home, tmp_path):
+    write_folder(tmp_path / "set", 4, 2)
+    for file in (tmp_path / "set/masks/train").iterdir():
+        labels = np.array(Image.open(file))
+        Image.fromarray(np.where(labels > 1, 255, labels)).save(file)
+    told = (
+        r"{}: 2 classes of the validation part have no training pixel, so their IoU is 0; the first: class 2"
+    )
+    for task, own in (("linear", LINEAR), ("in_context", IN_CONTEXT)):
+        with pytest.warns(UserWarning, match=told.format(task)):
+            evaluate(home, tmp_path / task, "--tasks", task, *own, data=tmp_path / "set")
+    with pytest.warns(UserWarning, match="in_context: k=40 is more than the 12 patches of the training part"):
+        evaluate(home, tmp_path / "k", "--tasks", "in_context", *IN_CONTEXT[:-1], "in_context.k=40")

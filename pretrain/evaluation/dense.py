@@ -268,7 +268,9 @@ def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
     metrics = {name: value for task in finished.values() for name, value in task.metrics.items()}
     metrics["images"] = len(part)
     folder_name = "" if isinstance(part, LabelSet) else part.folder.absolute().parent.name
-    labels = part.description if isinstance(part, LabelSet) else f"{len(part.classes)} classes of {folder_name}"
+    labels = (
+        part.description if isinstance(part, LabelSet) else f"{len(part.classes)} classes of {folder_name}"
+    )
     others: dict[str, Any] = {"labels": labels, "seed": job.seed}
     others["wall_time_s"] = sum(task.wall_time_s for task in finished.values())
     others["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())

@@ -5,6 +5,7 @@ keep (class PredsmIoU there): one to one by the largest sum of IoUs; many to one
 each cluster.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -137,6 +138,19 @@ def mean_iou(confusion: Tensor, assignment: Tensor | None = None) -> float:
 def n_present(confusion: Tensor) -> int:
     """How many classes occur in the labels."""
     return int((confusion.sum(0) > 0).sum())
+
+
+def tell_untrained(trained: Tensor, confusion: Tensor, classes: Sequence[str], task: str) -> None:
+    """Warn of classes that the validation part has and no training image: their IoU is 0, whatever the features
+    are worth.
+
+    Args:
+        trained: bool [C], the classes that occur in the training part.
+    """
+    without = [name for name, is_there in zip(classes, (confusion.sum(0) > 0) & ~trained.cpu()) if is_there]
+    if without:
+        told = f"{len(without)} classes of the validation part have no training pixel, so their IoU is 0"
+        warnings.warn(f"{task}: {told}; the first: {without[0]}", stacklevel=3)
 
 
 def named_ious(ious: Tensor, classes: Sequence[str]) -> dict[str, float]:
