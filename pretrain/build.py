@@ -71,9 +71,12 @@ def build_backbone(
     checkpoint = None
     if weights is not None:
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
-    name = backbone_name(None if name is None else str(name), checkpoint)
+    asked, name = name, backbone_name(None if name is None else str(name), checkpoint)
     if name not in BACKBONES:
         known = ", ".join(backbone_names())
+        if asked is None and checkpoint is not None:
+            told = f"says that it is a {name!r:.60}, which is not registered"
+            raise UserError(f"weights: {checkpoint.path} {told}; there are {known}")
         raise UserError(f"backbone: {name!r} is not registered, and no file of weights; there are {known}")
     model_kwargs = dict(overrides)
     if checkpoint is not None:

@@ -176,7 +176,7 @@ def _prepared(layer: Layer) -> Layer:
     values = dict(_modern(replace(layer, values=_own_path(values, path.parent))).values)
     named, bases = values.get("recipe", ""), values.get("base", [])
     if is_recipe:
-        return Layer(f"recipe {named}", values, layer.comments)
+        return replace(layer, name=f"recipe {named}", values=values)
     if not isinstance(named, str):
         own = "only files of pretrain/recipes describe a recipe"
         raise UserError(f"config: {path}: {own}; write 'base: NAME'")

@@ -1,5 +1,6 @@
 """Small files of text, JSON and csv; and how any file gets its name only when it is whole."""
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -8,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,61 @@ PARTIAL = re.compile(r"\..+\.([1-9][0-9]{0,8})\.partial", re.DOTALL)
 # How torch's writer and safetensors' say that the disk is full
 THEIRS = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d|os error \d")
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+# Of names and the like; of lists of images; of JSON, the annotations of whole data sets
+MAX_TEXT_BYTES, MAX_LIST_BYTES, MAX_JSON_BYTES = 2**24, 2**31, 2**33
+
+
+def read_regular(path: str | os.PathLike[str], most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a file that may be any of this machine.
+
+    Raises:
+        OSError: it cannot be read, or is not regular (reading a pipe would block).
+        ValueError: it is larger than ``most`` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        if found.st_size > most:
+            raise ValueError(f"{found.st_size} bytes, more than {most}")
+        return file.read()
+
+
+def read_plain(path: str | os.PathLike[str], most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a text file as UTF-8 without a mark; UTF-16 is told by its mark. Errors are those of
+    :func:`read_regular`, and a ValueError for damaged UTF-16; none quotes the content."""
+    content = read_regular(path, most)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16").encode()
+        except UnicodeError:
+            raise ValueError("it begins as UTF-16 and is none; save it as UTF-8") from None
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def read_lines(path: str | os.PathLike[str], most: int = MAX_TEXT_BYTES) -> list[str]:
+    """The lines of a text file, stripped; those at the end that are empty are left out.
+
+    Raises:
+        OSError, ValueError: as :func:`read_plain`; it is no UTF-8, or has control characters: names the line.
+    """
+    lines = []
+    for number, line in enumerate(read_plain(path, most).rstrip().splitlines(), 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"line {number} is no UTF-8; save it as UTF-8") from None
+        if any(map(breaks_line, text.replace("\t", " "))):
+            raise ValueError(f"line {number} has control characters; is it a text?")
+        lines.append(text)
+    return lines
+
+
+def breaks_line(letter: str) -> bool:
+    """Whether a character breaks a line, controls a terminal or cannot be written (a lone surrogate)."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def read_mapping(path: Path, area: str) -> dict[str, Any]:
@@ -34,10 +92,9 @@ def read_mapping(path: Path, area: str) -> dict[str, Any]:
         UserError: names the file that is missing, is no JSON in UTF-8, or holds no mapping.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:100]
-        raise UserError(f"{area}: {path} cannot be read as JSON ({reason})") from error
+        content = json.loads(read_plain(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{area}: {path} cannot be read as JSON ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{area}: {path} holds no mapping")
     return content
@@ -160,11 +217,18 @@ def read_json(path: Path) -> Any:
         UserError: no file, or no JSON; names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_plain(path, MAX_JSON_BYTES))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not JSON ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "too large for the memory of this machine"
+    told = "no UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)[:100]
+    return getattr(error, "strerror", None) or told
 
 
 def write_json(path: Path, content: Any) -> Path:

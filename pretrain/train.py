@@ -375,6 +375,7 @@ class Run:
             "kind": "pretrain",
             "method": run_name(config),
             "backbone": config.backbone.name,
+            "patch_px": config.backbone.patch_size,
             "effective_epochs": origin["effective_epochs"],
             "protocol": run_protocol(config, len(self.dataset)),
             "metrics": {**now.losses, **now.probes, **counts},

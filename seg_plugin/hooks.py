@@ -165,9 +165,10 @@ class PosfieldRunHook(Hook):
         )
         file, title = self.folder / "figures" / "segmentations.png", "Segmentation of validation images"
         draw_page(file, rows, dataset.metainfo, title=title, caption=caption)
-        evaluators = runner.val_loop.evaluator.metrics
-        per_class = next((metric.per_class for metric in evaluators if isinstance(metric, PosfieldIoU)), {})
-        metrics = {**self.metrics, "iou": per_class}
+        evaluators = (one for one in runner.val_loop.evaluator.metrics if isinstance(one, PosfieldIoU))
+        metrics = {**self.metrics, "iou": {}}
+        if (evaluator := next(evaluators, None)) is not None:
+            metrics |= {"iou": evaluator.per_class, "val_classes": evaluator.n_present}
         write_result(finished(**self._result(runner, metrics)), self.folder)
 
     def _result(self, runner: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +178,7 @@ class PosfieldRunHook(Hook):
         return {
             "kind": "segmentation",
             "backbone": runner.cfg.model.backbone.name,
+            "patch_px": _model(runner).backbone.vit.patch_size,
             "protocol": Protocol(name=name, version=version, full=not changed, deviations=changed),
             "metrics": dict(metrics),
             "labels": self.labels,
@@ -201,9 +203,11 @@ class PosfieldIoU(IoUMetric):
 
     Attributes:
         per_class: {class name: IoU in percent} of the last evaluation, of classes that are present or predicted.
+        n_present: how many classes occur in its labels.
     """
 
     per_class: dict[str, float] = {}
+    n_present = 0
 
     def __init__(self, **options: Any) -> None:
         # The other way, "cpu", is files in the working directory, which machines may not share.
@@ -216,7 +220,7 @@ class PosfieldIoU(IoUMetric):
             return super().compute_metrics(results)
         intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
         iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
-        names = self.dataset_meta["classes"]
+        names, self.n_present = self.dataset_meta["classes"], int((label > 0).sum())
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
         means = iou.nanmean(), accuracy.nanmean(), 100 * intersect.sum() / label.sum()
         return {name: float(mean) for name, mean in zip(METRICS, means)}

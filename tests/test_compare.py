@@ -142,7 +142,7 @@ BOMB = (
         (f"{{weights: {BOMB}, entries: []}}", "no readable YAML .*aliases"),
         (f"{{detection_overrides: {{lr: {BOMB}}}, entries: []}}", "no readable YAML .*aliases"),
         ("{detection_overrides: {lr: &a [*a]}, entries: []}", "no readable YAML .*aliases"),
-        ("weights: a\nweights: b", "no readable YAML .*'weights' stands twice"),
+        ("weights: a\nweights: b", "no readable YAML .line 2: the key stands twice"),
         ("entries: []", r"entries=\[\] should have at least 1 item"),
     ],
 )

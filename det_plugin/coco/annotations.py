@@ -26,6 +26,7 @@ its end). Training takes others in place of unreadable images and names them, up
 (:mod:`pretrain.data.broken`).
 """
 
+import functools
 import os
 import pickle
 from collections import Counter
@@ -44,6 +45,7 @@ from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import n_shared
 from pretrain.data.sources.files import read_file
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
@@ -175,7 +177,20 @@ class Data:
         val.tell()
         train.check_headers(SHARE)
         val.check_headers()  # all are needed: figures of other images could not be compared
-        return Data(train, val)
+        read = Data(train, val)
+        if read.n_shared:
+            told = f"{read.n_shared} of the {len(val.pictures)} validation images are training images, too"
+            log(f"data: {told}: the numbers say less than they seem to")
+        return read
+
+    @functools.cached_property
+    def n_shared(self) -> int:
+        """Validation images that are training images, too."""
+        names = [
+            {p.file_name: str(part.folder / p.file_name) for p in part.pictures}
+            for part in (self.train, self.val)
+        ]
+        return n_shared(*names)
 
 
 def read_split(

@@ -8,7 +8,6 @@ converted.
   relative to that file.
 """
 
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import yaml
 
 from pretrain.errors import UserError
+from pretrain.files import read_plain
+from pretrain.settings import MAX_YAML_BYTES, without_content
 
 # (annotations, images) below the root. The first whose annotations exist is taken.
 LAYOUTS = {
@@ -76,11 +77,11 @@ def _named(file: Path, split: str) -> CocoFiles:
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"data: {file} is neither a folder nor a .yaml file with {example}")
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = yaml.safe_load(read_plain(file, MAX_YAML_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"data: {file} is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"data: {file} is no YAML ({without_content(error)})") from error
     entry: Any = content.get(split) if isinstance(content, dict) else None
     kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
     if kinds != {"annotations": str, "images": str}:
-        raise UserError(f"data: {file} must hold {example}, not {split}: {reprlib.repr(entry)}")
+        raise UserError(f"data: {file} must hold {example}")
     return CocoFiles(file.parent / entry["annotations"], file.parent / entry["images"])

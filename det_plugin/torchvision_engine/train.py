@@ -57,7 +57,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
         log(f"warning: amp has no effect on {device.type}; the run is in float32")
-    changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
+    changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)), data.n_shared)
     said = dict[str, Any](origin=origin, hashed={"engine": folder.ENGINE})
     if distributed.is_main():
         to_come = metrics_to_come(data.train.class_names)

@@ -25,7 +25,7 @@ from det_plugin.predict import Detections, Detector, load_detector
 from det_plugin.run import engine_of
 from pretrain.cli import command_parser
 from pretrain.data.sources.files import hidden, is_image, left_out
-from pretrain.errors import TRUST_HELP, UserError
+from pretrain.errors import TRUST_HELP, UserError, one_line
 from pretrain.files import put_in_place, replacing, write_text, writing
 from pretrain.log import ProgressLine, log
 
@@ -167,7 +167,7 @@ def over_images(
                 picture = predict(path, name)
             except UserError as error:
                 plain = dict[str, Any](style=None, markup=False, highlight=False, soft_wrap=True)
-                line.console.print(f"skipped: {error}", **plain)
+                line.console.print(f"skipped: {one_line(str(error))}", **plain)
                 skipped += 1
                 continue
             if picture is not None:

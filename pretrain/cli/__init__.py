@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, enough
+from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, enough, one_line
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         if way or isinstance(error, DiskError):
             told += f", then go on with: {resumed(arguments)}"
         with contextlib.suppress(OSError):  # stderr may lie on the same full disk
-            print(f"error: {told}", file=sys.stderr)
+            print(f"error: {one_line(told)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)

@@ -36,6 +36,12 @@ class ClassFolder:
         """The same with at most ``most`` images, at equal steps from the first one."""
         return replace(self, files=spread(self.files, most))
 
+    @property
+    def named(self) -> dict[str, str]:
+        """{CLASS/FILE: path} of the images."""
+        names = (os.path.join(self.classes[number], name) for number, name in self.files)
+        return {name: os.path.join(self.folder, name) for name in names}
+
     def labels(self) -> Tensor:
         """Number of the class of each image; [n] int64."""
         return torch.tensor([number for number, _ in self.files])
@@ -54,6 +60,8 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     """
     folders = Path(root) / "train", Path(root) / "val"
     train, val = map(_list, folders)
+    if len(train) < 2:
+        raise UserError(f"{folders[0]}: its images are all of one class; a classifier needs two")
     if missing := [name for name in val if name not in train]:
         raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
 

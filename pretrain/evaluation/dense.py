@@ -19,6 +19,7 @@ import numpy as np
 
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.datasets import LabelSet
+from pretrain.data.images import n_shared
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, UsedSettings
 from pretrain.evaluation import Outcome, check_signals
@@ -198,6 +199,10 @@ def job_of(
     name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
     others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
     used = [part.first(max_images or len(part)) for part in parts]
+    if shared := n_shared(*(part.named for part in used)):
+        others["shared_images"] = (0, shared)
+        told = f"{shared} of the {len(used[1])} validation images are training images, too"
+        print(f"{name}: {told}: the numbers say less than they seem to", flush=True)
     data: dict[str, Any] = {}
     for whole, part in zip(parts, used):
         if isinstance(part, LabelSet):
@@ -246,8 +251,14 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
         done = before[task] = job.evaluate(task, features, signals)
         _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, weights), done)
         numbers = [f"{name} {value:.2f}" for name, value in done.metrics.items() if isinstance(value, float)]
-        print(f"{task}: {', '.join(numbers)}, {done.wall_time_s:.0f} s", flush=True)
+        print(f"{task}: {', '.join(numbers)}{_over(done, job)}, {done.wall_time_s:.0f} s", flush=True)
     return {task: before[task] for task in job.settings}
+
+
+def _over(done: Outcome, job: Job) -> str:
+    """Of how many classes a mean is, where some do not occur in the validation part."""
+    n_there, val = done.metrics.get("val_classes"), job.parts[-1]
+    return "" if n_there in (None, len(val.classes)) else f" ({n_there} of {len(val.classes)} classes occur)"
 
 
 def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
@@ -255,10 +266,12 @@ def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
     tasks."""
     part = job.parts[-1]
     metrics = {name: value for task in finished.values() for name, value in task.metrics.items()}
-    others: dict[str, Any] = {
-        "labels": part.description if isinstance(part, LabelSet) else "",
-        "seed": job.seed,
-    }
+    metrics["images"] = len(part)
+    folder_name = "" if isinstance(part, LabelSet) else part.folder.absolute().parent.name
+    labels = (
+        part.description if isinstance(part, LabelSet) else f"{len(part.classes)} classes of {folder_name}"
+    )
+    others: dict[str, Any] = {"labels": labels, "seed": job.seed}
     others["wall_time_s"] = sum(task.wall_time_s for task in finished.values())
     others["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())
     protocol = protocol_of(job.set_name, job.settings, job.others)

@@ -78,7 +78,7 @@ def build_report(
 
     def order(run: Run) -> tuple:
         r = run.result
-        key = (list(STAGES).index(r.stage), r.method, r.backbone, r.protocol.label)
+        key = (list(STAGES).index(r.stage), r.method, r.network, r.protocol.label)
         return *key, r.seed, r.created, r.config_hash
 
     runs = sorted(runs, key=order)
@@ -91,7 +91,7 @@ def build_report(
     overview, hashes = [], []
     for r, name in zip(results, names):
         cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
-        trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label]
+        trained = [backbone_label(r.network), epochs_text(r.effective_epochs), r.protocol.label]
         overview.append([r.kind, name, *trained, *cost])
         commit, _, dirty = (r.git_commit or NONE).partition("+")
         digests = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]

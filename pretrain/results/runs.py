@@ -262,7 +262,7 @@ def run_names(results: Sequence[Result]) -> list[str]:
     """
     names = [result.method for result in results]
     own = [(r.protocol.label, f"seed {r.seed}", f"config {r.config_hash}") for r in results]
-    backbones = [backbone_label(result.backbone) for result in results]
+    backbones = [backbone_label(result.network) for result in results]
     for parts in (backbones, *zip(*own), [f"run {i}" for i in range(1, len(results) + 1)]):
         full = [(result.kind, name) for result, name in zip(results, names)]
         like = [{part for part, other in zip(parts, full) if other == this} for this in full]

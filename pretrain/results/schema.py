@@ -32,7 +32,7 @@ FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gr
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
 OF_NUMBERS = ("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib")
 # Not written where empty: older readers do not know them.
-NEW_KEYS = ("loss_terms", "post_training", "labels")
+NEW_KEYS = ("loss_terms", "post_training", "labels", "patch_px")
 
 
 def now() -> str:
@@ -114,6 +114,7 @@ class Result(_Record):
     kind: Kind = ours(..., "what the run did")
     method: str = ours(..., "of the pre-training, as tables show it")
     backbone: str = ours(..., "registry name")
+    patch_px: int | None = ours(None, "side of its patches; null: the one that `backbone` names", ge=1)
     effective_epochs: float | None = ours(
         ...,
         "of the pre-training, in epochs of two crops of 224 px; null: unknown",
@@ -155,6 +156,11 @@ class Result(_Record):
         check(value)
         return value
 
+    @field_validator("patch_px")
+    @classmethod
+    def _unless_named(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return None if re.search(rf"_patch{value}(?!\d)", str(info.data.get("backbone"))) else value
+
     @model_validator(mode="after")
     def _agree(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
@@ -175,6 +181,12 @@ class Result(_Record):
     def with_changes(self, **changes: Any) -> "Result":
         """The same run with some fields changed; all is checked again."""
         return Result(**{**dict(self), **changes})
+
+    @property
+    def network(self) -> str:
+        """`backbone` with its real patch: the ViT-S/14 that is built as "vit_small_patch16" is none of 16 px."""
+        patch = "" if self.patch_px is None else f"_patch{self.patch_px}"
+        return re.sub(r"_patch\d+", patch, self.backbone) if patch else self.backbone
 
     @property
     def stage(self) -> str:
@@ -254,7 +266,10 @@ def read_result(path: str | Path) -> Result:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    return validated(Result, read_json(path, path.parent), str(path))
+    content = read_json(path, path.parent)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no mapping, as a {FILE_NAME} is")
+    return validated(Result, content, str(path))
 
 
 _LEFT = object()

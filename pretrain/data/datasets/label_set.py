@@ -101,6 +101,11 @@ class LabelSet:
         return f"{len(self.classes)} classes, named by {self.named_by}{void}"
 
     @property
+    def named(self) -> dict[str, str]:
+        """{name in the set's folder: path} of the images."""
+        return {image.removeprefix(self.folder): image for image, _ in self.files}
+
+    @property
     def values(self) -> tuple[Any, ...]:
         """What maps store for each class, the last of several: a value, or RGB (``colors``); -1: nothing."""
         stored = [np.flatnonzero(self.table == label) for label in range(1, len(self.classes) + 1)]
