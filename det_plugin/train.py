@@ -34,6 +34,7 @@ def finetune(
     checkpointing: bool = False,
     compile: bool = False,
     crowds: str = "ignored",
+    data_changed: bool = False,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
@@ -49,6 +50,8 @@ def finetune(
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
         crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
+        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
+            from here on is that of the new ones, and the result is marked.
         fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
 
     Returns:
@@ -68,7 +71,7 @@ def finetune(
             name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
         )
         with run_lock(output):
-            return module.train(run, resume=resume)  # type: ignore[no-any-return]
+            return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
     finally:
         distributed.stop()
 

@@ -32,11 +32,11 @@ WHOLE = "images"  # the key of the number
 Values = Mapping[str, Any]  # a digest
 
 
-def hash_of(*parts: Any) -> str:
+def hash_of(*parts: bytes | NDArray[Any]) -> str:
     """12 hex digits of the SHA-256 of bytes or arrays, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+        digest.update(memoryview(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part)
     return digest.hexdigest()[:12]
 
 
@@ -144,8 +144,8 @@ def check_run(
 
     Args:
         now: the digest of each part.
-        before: what a run of an earlier version says of its data, which left no ``data.json``; None: there is
-            no such run.
+        before: where the folder holds a checkpoint or a result, what else it says of its data: an earlier version
+            left no ``data.json``. None: it holds neither, so nothing is compared.
 
     Returns:
         what to write into ``data.json`` (:func:`leave`) when the run goes on.
@@ -154,14 +154,14 @@ def check_run(
         UserError: they differ, and that is not wanted.
     """
     file, changes = folder / FILE_NAME, list[str]()
+    if before is None:
+        return {"digest": now, "changes": []}
     if file.is_file():
         said = read_mapping(file, "output")
         before, changes = said.get("digest", {}), list(said.get("changes", []))
-    elif before is not None:
-        log(
-            f"{folder} is of an earlier version and holds no {FILE_NAME}: its data are compared by number at most"
-        )
-    told = differences(before or {}, now)
+    else:
+        log(f"{folder} is of an earlier version without a {FILE_NAME}: at most the number of images is compared")
+    told = differences(before, now)
     accept(f"the run in {folder}", told, "output", data_changed)
     return {"digest": now, "changes": [*changes, *[told] * bool(told)]}
 
