@@ -160,7 +160,9 @@ def check_run(
         said = read_mapping(file, "output")
         before, changes = said.get("digest", {}), list(said.get("changes", []))
     else:
-        log(f"{folder} is of an earlier version without a {FILE_NAME}: at most the number of images is compared")
+        log(
+            f"{folder} is of an earlier version without a {FILE_NAME}: at most the number of images is compared"
+        )
     told = differences(before, now)
     accept(f"the run in {folder}", told, "output", data_changed)
     return {"digest": now, "changes": [*changes, *[told] * bool(told)]}
