@@ -13,7 +13,7 @@ model is built and the first batches are decoded; the first checkpoint waits for
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -92,6 +92,15 @@ class Digest:
     def values(self) -> dict[str, Any]:
         """The digest; waits for the sizes."""
         return {WHOLE: self.n_images, "names": self.names, "sizes": hash_of(self.sizes().astype("<i8"))}
+
+
+def digest_of(*columns: Sequence[str]) -> Digest:
+    """Of items of one or several files each, such as images and their masks: a column of paths for each. Names
+    are relative to what is common to a column."""
+    paths = [path for column in columns for path in column]
+    tops = [len(os.path.dirname(os.path.commonprefix(column))) for column in columns]
+    names = hash_of_names(path[top:] for column, top in zip(columns, tops) for path in column)
+    return Digest(len(columns[0]), names, FileSizes(paths.__getitem__, len(paths)).wait)
 
 
 def difference(before: Values, now: Values) -> str:

@@ -1,6 +1,5 @@
 """One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pretrain.data.datasets.listing import Pairs
 from pretrain.data.datasets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.digest import Digest, FileSizes, hash_of_names
+from pretrain.data.digest import digest_of
 from pretrain.data.images import in_batches, in_threads, read_picture, spread, square
 from pretrain.errors import UserError
 
@@ -98,10 +97,8 @@ class LabelSet:
 
     def digest(self) -> dict[str, Any]:
         """What tells it from others (:mod:`pretrain.data.digest`): number, names and sizes of images and maps."""
-        files = [file for pair in self.files for file in pair]
-        folder = self.folder or os.path.dirname(files[0])
-        names = hash_of_names(os.path.relpath(file, folder) for file in files)
-        return Digest(len(self), names, FileSizes(files.__getitem__, len(files)).wait).values()
+        images, maps = zip(*self.files)
+        return digest_of(images, maps).values()
 
     @property
     def description(self) -> str:
