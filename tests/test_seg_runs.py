@@ -20,7 +20,9 @@ from mmseg.registry import DATASETS
 from seg_fixture import FLAGS, TINY, tiny, tiny_run, write_weights
 
 from pretrain.build import build_backbone
+from pretrain.data.datasets import open_label_sets
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import read_mapping
 from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
 from seg_plugin import compat
@@ -284,6 +286,9 @@ def test_other_data_are_told_and_gone_on_over_when_asked(ade, tmp_path, capsys):
     found = read_result(run.output)
     assert found.protocol.deviations["data"] == ["the same to the end", "training: other names"]
     assert "data" not in read_result(whole.output).protocol.deviations
+    # as a comparison sees them
+    parts = zip(("training", "validation"), open_label_sets(own, "ade20k"))
+    assert read_mapping(run.output / "data.json", "")["digest"] == {part: of.digest() for part, of in parts}
 
 
 def test_a_signal_during_validation(ade, tmp_path, monkeypatch):
