@@ -4,7 +4,6 @@ Each part is measured in a process of its own, on files that were just written, 
 memory: from a disk that has not read them, and from one on a network, all of it takes longer.
 """
 
-import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -109,16 +108,16 @@ def write_split(root: Path, split: str, n_images: int, n_objects: int) -> None:
         images.append({"id": id, "file_name": name, "width": width, "height": height})
     corners = rng.uniform(0, (width - 100, height - 100), (n_objects, 2)).round(2)
     sides, points = rng.uniform(5, 100, (n_objects, 2)).round(2), rng.integers(*N_POINTS, n_objects)
-    # the first image and the first class have at least one
     owners, classes = rng.integers(1, n_images + 1, n_objects), rng.integers(1, N_CLASSES + 1, n_objects)
+    angles = {n: np.linspace(0, 2 * np.pi, n, endpoint=False) for n in range(*N_POINTS)}
+    circles = {n: (1 + np.stack([np.cos(a), np.sin(a)], axis=1)) / 2 for n, a in angles.items()}
     objects = []
     for k, (corner, side, n) in enumerate(zip(corners, sides, points.tolist())):
-        angles = np.linspace(0, 2 * np.pi, n, endpoint=False)
-        outline = corner + side / 2 * (1 + np.stack([np.cos(angles), np.sin(angles)], axis=1))
+        polygon = (corner + side * circles[n]).round(2).ravel().tolist()
         whose = {"id": k + 1, "image_id": int(owners[k]), "category_id": int(classes[k]), "iscrowd": 0}
-        mask = {"segmentation": [outline.round(2).ravel().tolist()], "area": float(side.prod())}
+        mask = {"segmentation": [polygon], "area": float(side.prod())}
         objects.append({**whose, "bbox": [*corner.tolist(), *side.tolist()], **mask})
-    categories = [{"id": id, "name": f"class {id}"} for id in itertools.islice(itertools.count(1), N_CLASSES)]
+    categories = [{"id": id, "name": f"class {id}"} for id in range(1, N_CLASSES + 1)]
     content = {"images": images, "annotations": objects, "categories": categories}
-    with open(root / "annotations" / f"instances_{split}2017.json", "w", encoding="utf-8") as file:
-        json.dump(content, file)
+    file = root / "annotations" / f"instances_{split}2017.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
