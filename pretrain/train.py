@@ -63,6 +63,8 @@ def train(
         check_seen(config.run.output)
         dataset = build_dataset(config)
         images = dataset.source.digest() if distributed.is_main() else None
+        if images and resume:
+            images.begin()  # beside what follows
         trainer = Trainer(config, Length.of(config, len(dataset)))
         before = prepare(trainer, images, resume, data_changed)
         folder, total_iters = Path(config.run.output), trainer.length.total_iters
@@ -297,6 +299,8 @@ class Run:
                 is_logged = it % log.every == 0 or is_last
                 is_due = done % log.checkpoint_every == 0 or done == end
                 logs = trainer.step(micro_batches, examine=is_logged)
+                if self.images:
+                    self.images.begin()
                 self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
                 self.speed.tick(waited_s)

@@ -153,11 +153,13 @@ def test_a_checkpoint_of_before_is_compared_by_number_and_says_so(begun, capsys)
 
 
 def test_a_start_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
-    """The sizes are waited for by the first checkpoint, not by the start."""
+    """The sizes are looked up after the first step, and waited for by the first checkpoint."""
     torch.set_num_threads(1)
     write_photos(tmp_path / "photos")
-    reached, waited, one = list[int](), list[int](), Trainer.step
+    reached, begun, waited, one = list[int](), list[int](), list[int](), Trainer.step
+    begin = FileSizes.begin
+    monkeypatch.setattr(FileSizes, "begin", lambda self: begun.append(len(reached)) or begin(self))
     monkeypatch.setattr(FileSizes, "wait", lambda self: waited.append(len(reached)) or self.found)
     monkeypatch.setattr(Trainer, "step", lambda self, *a, **k: reached.append(1) or one(self, *a, **k))
     train(settings(tmp_path), stop_after=3)
-    assert waited == [3]
+    assert begun == [1, 2, 3] and waited == [3]

@@ -7,8 +7,9 @@ is what two digests have in common: older runs hold less.
 
 Names cost nothing once they are listed (200,000: 10 ms). Sizes of whole files cost a look at each: of 200,000
 on a local disk 0.7 to 1 s, 2 to 3 s when nothing of it is cached; on a network disk that answers in 0.5 ms,
-600 s for a million one after the other and 40 s in threads. So :class:`FileSizes` looks in threads while the
-model is built and the first batches are decoded; the first checkpoint waits for it, and so does a resume.
+600 s for a million one after the other and 30 to 40 s in threads. So :class:`FileSizes` looks in threads, in a
+new run after its first step: before it, they took their time from the first batch. The first checkpoint waits
+for them, and so does a resume.
 """
 
 import hashlib
@@ -52,7 +53,7 @@ def hash_of_file(path: Path) -> str:
 
 
 class FileSizes:
-    """Sizes of files in bytes, looked up by threads from now on; -1 for a file that is not there.
+    """Sizes of files in bytes, looked up by threads; -1 for a file that is not there.
 
     Args:
         path: of the file with an index from 0 to n - 1.
@@ -60,12 +61,16 @@ class FileSizes:
 
     def __init__(self, path: Callable[[int], bytes | str | Path], n: int) -> None:
         self.path, self.found = path, np.full(n, -1, np.int64)
-        # daemons: a command that ends in an error does not wait for a slow disk
-        every = min(N_THREADS, n)
-        parts = (range(k, n, every) for k in range(every))
-        self.threads = [Thread(target=self._look, args=(part,), daemon=True) for part in parts]
-        for thread in self.threads:
-            thread.start()
+        self.threads: list[Thread] = []
+
+    def begin(self) -> None:
+        """Let the threads look, if they do not yet."""
+        n = len(self.found)
+        every = 0 if self.threads else min(N_THREADS, n)
+        for k in range(every):
+            # daemons: a command that ends in an error does not wait for a slow disk
+            self.threads.append(Thread(target=self._look, args=(range(k, n, every),), daemon=True))
+            self.threads[-1].start()
 
     def _look(self, part: range) -> None:
         for index in part:
@@ -76,6 +81,7 @@ class FileSizes:
 
     def wait(self) -> NDArray[np.int64]:
         """All of them, [n]."""
+        self.begin()
         for thread in self.threads:
             thread.join()
         return self.found
@@ -83,11 +89,12 @@ class FileSizes:
 
 @dataclass(frozen=True)
 class Digest:
-    """A digest under way: ``sizes`` gives the sizes in bytes, [n], when it has them."""
+    """A digest under way: ``sizes`` gives the sizes in bytes, [n], for which ``begin`` begins to look."""
 
     n_images: int
     names: str
     sizes: Callable[[], NDArray[np.int64]]
+    begin: Callable[[], None] = lambda: None
 
     def values(self) -> dict[str, Any]:
         """The digest; waits for the sizes."""

@@ -80,7 +80,7 @@ class Source(Protocol):
         """The encoded image, as in its file; raises :class:`pretrain.data.decode.BrokenImage`."""
 
     def digest(self) -> Digest:
-        """What tells these images from others; begins to look for their sizes, and reads no image."""
+        """What tells these images from others; reads none."""
 
 
 def open_source(data: DataSettings) -> Source:

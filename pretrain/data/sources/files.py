@@ -111,8 +111,9 @@ class FileSource:
         return read_file(self.path(index))
 
     def digest(self) -> Digest:
-        """Of the names as they are listed, and the files' sizes, for which threads begin to look."""
-        return Digest(len(self), self.names.digest(), FileSizes(self.path, len(self)).wait)
+        """Of the names as they are listed, and the files' sizes."""
+        sizes = FileSizes(self.path, len(self))
+        return Digest(len(self), self.names.digest(), sizes.wait, sizes.begin)
 
 
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
