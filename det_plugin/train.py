@@ -35,6 +35,7 @@ def finetune(
     checkpointing: bool = False,
     compile: bool = False,
     crowds: str = "ignored",
+    data_changed: bool = False,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
@@ -50,6 +51,8 @@ def finetune(
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
         crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
+        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
+            from here on is that of the new ones, and the result is marked.
         fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
 
     Returns:
@@ -71,7 +74,7 @@ def finetune(
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
         lock = run_lock(output, getattr(module, "newest_checkpoint", None))
         with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
-            return module.train(run, resume=resume)  # type: ignore[no-any-return]
+            return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
     finally:
         distributed.stop()
 

@@ -181,7 +181,7 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
         counts = Counter(labels)
         told = [text if counts[label] > 1 and text != label else "" for label, text in zip(labels, texts)]
         labels = [f"{label}, {text}" if text else label for label, text in zip(labels, told)]
-    return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
+    return [replace(model, label=label) for model, label in zip(models, map(one_line, labels))]
 
 
 def _stem(path: Path) -> str:

@@ -23,6 +23,7 @@ from mmseg.registry import METRICS as METRIC_KINDS
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.errors import Interrupted, UserError
 from pretrain.files import write_json, write_text, writing
@@ -89,7 +90,7 @@ class PosfieldRunHook(Hook):
         self.identity = identity(cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], size)
         labels = label_sets(with_todays_data(cfg))["training"]
         self.labels = labels.description
-        self.deviations = deviations(cfg, model_kwargs, size)
+        self.deviations = deviations(cfg, model_kwargs, size) | digest.run_deviation(Path(runner.work_dir))
         if is_main_process():
             planned(**self._result(runner, {"iou": dict.fromkeys(labels.classes, 0.0)}))
             self.folder = Path(runner.work_dir)

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
+from pretrain.data import digest
 from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
@@ -34,6 +35,8 @@ from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
 from seg_plugin.protocol import SegmentationProtocol
+
+IMAGES = "settings.images_hash"  # of a run's identity
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,11 @@ def prepare(
     return SegmentationRun(name, weights, Path(data), Path(output), recipe, *how)
 
 
-def finetune(data: str | Path, *, output: str | Path, resume: bool = False, **options: Any) -> Path:
+def finetune(
+    data: str | Path, *, output: str | Path, resume: bool = False, data_changed: bool = False, **options: Any
+) -> Path:
     """Fine-tune a segmenter; the arguments are :func:`prepare`'s, the rest :func:`train`'s."""
-    return train(prepare(data, output=output, **options), resume)
+    return train(prepare(data, output=output, **options), resume, data_changed)
 
 
 def config(run: SegmentationRun) -> Config:
@@ -116,13 +121,15 @@ def config(run: SegmentationRun) -> Config:
     return Config(values, cfg_text="made by seg_plugin.run\n", filename="config.py")  # of the saved copy
 
 
-def train(run: SegmentationRun, resume: bool = False) -> Path:
+def train(run: SegmentationRun, resume: bool = False, data_changed: bool = False) -> Path:
     """Train, validate, and write ``result.json`` (returned) and what else :mod:`seg_plugin.hooks` names.
 
     A finished run with the same settings is left as it is.
 
     Args:
         resume: continue from the folder's last checkpoint, if there is one.
+        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
+            from here on is that of the new ones, and the result is marked.
 
     Raises:
         UserError: bad data, weights or settings; the folder holds a run with other settings, or, without
@@ -133,25 +140,28 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
     lock = run_lock(run.output, newest_checkpoint)
     with lock, enough(more, f"give --workers below {run.workers} and go on with --resume"):
-        return _train(run, resume)
+        return _train(run, resume, data_changed)
 
 
-def _train(run: SegmentationRun, resume: bool) -> Path:
+def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
     cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes, but this one was told no RANK"
         raise UserError(f"{told}: unset them, or use torchrun or posfield submit")
-    if _is_over(run, cfg):
+    is_over, changes = _is_over(run, cfg, data_changed)
+    checkpoint, parts = None if is_over else newest_checkpoint(output), label_sets(cfg)
+    now = {part: found.digest() for part, found in parts.items()}
+    said_of_data = digest.check_run(output, now, data_changed, {} if is_over or checkpoint else None)
+    said_of_data["changes"] += changes
+    if is_over:
         say(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
     # The run would meet a bad validation mask only after hours, and meets a bad training mask in the first epoch.
-    parts = label_sets(cfg)
     parts["validation"].check()
     images = [Path(image) for image, _ in parts["training"].files]
     check_share(cut_off(images), len(images))
-    checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
             told = f"holds an unfinished run ({checkpoint.name}); go on with it by --resume"
@@ -162,6 +172,8 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
+            if distributed.is_main():
+                digest.leave(output, said_of_data)
             runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             at_end.callback(end_workers, runner)
@@ -188,12 +200,18 @@ class _Runner(Runner):
             super().save_checkpoint(out_dir, partial.name, *options, **more)
 
 
-def _is_over(run: SegmentationRun, cfg: Config) -> bool:
-    saved, changed = Path(run.output) / SETTINGS_FILE, None
+def _is_over(run: SegmentationRun, cfg: Config, data_changed: bool) -> tuple[bool, list[str]]:
+    """Whether the folder holds this run, finished; and how a run of an earlier version, which left no ``data.json``,
+    says that its data have changed, where that is wanted."""
+    saved, changed, of_data = Path(run.output) / SETTINGS_FILE, None, list[str]()
     if saved.is_file():
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
         vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
         before = read_mapping(saved, "output").get("weights_hash")
         weights_hash = file_hash(run.weights, before) if run.weights else None
         changed = changed_since(saved, identity(cfg, vit.model_kwargs, weights_hash, processes()))
-    return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False)
+        has_digest = (Path(run.output) / digest.FILE_NAME).is_file()
+        if IMAGES in changed and (has_digest or data_changed):
+            del changed[IMAGES]
+            of_data += ["other names of images"] * (not has_digest)
+    return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False), of_data

@@ -40,8 +40,10 @@ def points(run: SegmentationRun) -> list[SegmentationRun]:
     ]
 
 
-def run_point(run: SegmentationRun, index: int) -> Path:
+def run_point(run: SegmentationRun, index: int, data_changed: bool = False) -> Path:
     """Run one of :func:`points`, resuming it if it has begun, and conclude the sweep if it was the last.
+
+    ``data_changed`` is :func:`seg_plugin.run.train`'s.
 
     Returns:
         the sweep's ``result.json`` if all runs are done, otherwise this run's.
@@ -53,7 +55,7 @@ def run_point(run: SegmentationRun, index: int) -> Path:
     runs = points(run)
     if not 0 <= index < len(runs):
         raise UserError(f"sweep: there is no run {index}; the grid has 0 to {len(runs) - 1}")
-    result = train(runs[index], resume=True)
+    result = train(runs[index], resume=True, data_changed=data_changed)
     if int(os.environ.get("RANK", 0)) > 0:
         return result
     try:

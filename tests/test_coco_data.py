@@ -400,16 +400,21 @@ def test_an_iscrowd_of_another_type_is_zero(pristine, root, flag):
     assert coco_metrics(file, found) == coco_metrics(annotation_file(pristine, "val"), found)
 
 
-def test_the_evaluation_is_tried_before_the_first_iteration(root, tmp_path, monkeypatch):
-    def broken(*args):
-        raise TypeError("'<' not\nsupported")
+@pytest.mark.parametrize("which", [0, 1, 3, 4, 5, 6])  # the third is a crowd, whose area is not read
+def test_the_evaluation_is_tried_before_the_first_iteration(root, tmp_path, monkeypatch, which):
+    """Whichever annotation of the file breaks it."""
 
-    monkeypatch.setattr(coco_metrics_module, "coco_metrics", broken)
+    def broken(*args):
+        truth = read_truth(*args)
+        truth["annotations"][which]["area"] = "5"
+        return truth
+
+    monkeypatch.setattr(coco_metrics_module, "read_truth", broken)
     run = DetectionRun(
         TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1)
     )
     with pytest.raises(
-        UserError, match=r"val2017\.json cannot be evaluated \(TypeError: '<' not supported\)"
+        UserError, match=r"val2017\.json cannot be evaluated \(TypeError: '<' not supported between instances"
     ):
         train(run)
     assert not run.output.exists()

@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from ade_fixture import write_ade
-from coco_fixture import write_coco
+from coco_fixture import annotation_file, edit, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import PROTOCOLS
 from pretrain.build import build_backbone
 from pretrain.cli import command
+from pretrain.data.digest import hash_of_file
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import write_json
 from pretrain.jobs import compare
 from pretrain.jobs.compare_config import Comparison, Entry, load_comparison, name_of
 from pretrain.jobs.runner import gpu_groups
@@ -564,6 +566,31 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(work, capsys):
     work("--jobs", 2)
     work("--jobs", 2, "accumulate=4")  # no setting of the result
     assert work.calls() == {f"one/{DET}": 1, f"one/{SEG}": 1, f"two/{DET}": 1, f"two/{SEG}": 1}
+
+
+def test_rows_over_other_data_are_told_before_anything_is_begun(work, capsys):
+    write_coco(work.folder / "own")
+    work.happens(**{f"two__{DET}": 3})
+    with pytest.raises(UserError, match=f"^failed: two/{DET}$"):
+        work(coco="own")
+    # the stand-ins leave no digest
+    now = {
+        s: {"annotations": hash_of_file(annotation_file(work.folder / "own", s))} for s in ("train", "val")
+    }
+    write_json(work.out / "one" / DET / "data.json", {"digest": now, "changes": []})
+    with pytest.raises(UserError, match=f"^failed: two/{DET}$"):
+        work(coco="own")
+    edit(annotation_file(work.folder / "own", "val"), lambda content: content["annotations"].pop())
+    work.happens()
+    with pytest.raises(UserError, match=rf"^data: one/{DET} .*\(val: other annotations\); .*--data-changed$"):
+        work(coco="own")
+    assert f"two/{DET}" not in work.calls()
+    work("--data-changed", "--dry-run", coco="own")
+    assert "--data-changed" in capsys.readouterr().out
+    work("--data-changed", coco="own")
+    assert work.calls()[f"two/{DET}"] == 1 and "val: other annotations" in capsys.readouterr().err
+    # nothing is left to begin
+    work(coco="own")
 
 
 def test_tables_are_written_of_what_is_done(work, capsys):

@@ -336,6 +336,23 @@ def test_other_weights_or_another_set_are_not_gone_on_with(home, finished):
         evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume", weights="dino.pth")
 
 
+def test_a_finished_task_over_other_masks_is_not_gone_on_with(home, finished):
+    mask = sorted((home / "toy").rglob("*.png"))[0]
+    before = mask.read_bytes()
+    try:
+        Image.fromarray(np.asarray(Image.open(mask))).save(mask, compress_level=0)
+        with pytest.raises(UserError, match=r"linear\.json is of another evaluation: digest\.0\.sizes"):
+            evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume")
+        # a task of an earlier version holds no digest
+        task = finished / "tasks" / "linear.json"
+        content = json.loads(task.read_text())
+        del content["of"]["digest"]
+        task.write_text(json.dumps(content))
+        evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume")
+    finally:
+        mask.write_bytes(before)
+
+
 def test_a_task_more_needs_the_settings_of_its_own_alone(home, finished, capsys):
     linear = read_result(finished).metrics
     evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume")

@@ -299,7 +299,7 @@ def test_pretraining_goes_on_from_a_timm_file(tmp_path, photos):
 def test_resume_refuses_another_data_set(tmp_path, photos):
     train(settings(tmp_path), stop_after=3)
     write_photos(photos, n=12)
-    with pytest.raises(UserError, match="6 images, but .* has 12"):
+    with pytest.raises(UserError, match="6 images before, 12 now.*--data-changed"):
         train(settings(tmp_path), resume="auto")
 
 

@@ -32,6 +32,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,9 +46,10 @@ from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.digest import hash_of, hash_of_file
 from pretrain.data.images import n_shared
 from pretrain.data.sources.files import read_file
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import gather_objects, rank, world_size
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
 from pretrain.log import log
@@ -127,39 +129,54 @@ class CocoSplit:
             raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}")
         return pixels
 
-    def check_headers(self, allowed: float = 0.0) -> None:
+    def check_headers(self, allowed: float = 0.0) -> dict[str, Any]:
         """:meth:`load`, for its errors, of this rank's share of the images; reads headers, and decodes what may
-        be cut off. Unreadable images are named; up to the share ``allowed`` they are no error."""
+        be cut off. Unreadable images are named; up to the share ``allowed`` they are no error.
+
+        Returns:
+            the digest (:mod:`pretrain.data.digest`) of the annotations, and of all ranks' images.
+        """
         pool, own = ThreadPoolExecutor(HEADER_READERS), range(rank(), len(self.pictures), world_size())
+        annotations = pool.submit(hash_of_file, self.file)
         try:
-            broken = [told for told in pool.map(self._check_header, own) if told]
+            found = list(pool.map(self._check_header, own))
         finally:
             pool.shutdown(cancel_futures=True)
-        check_share(broken, len(own), allowed)
+        check_share([told for told, _ in found if told], len(own), allowed)
+        sizes = np.empty(len(self.pictures), "<i8")
+        for of_rank, part in enumerate(gather_objects([n_bytes for _, n_bytes in found])):
+            sizes[of_rank :: world_size()] = part
+        return {
+            "images": len(self.pictures),
+            "annotations": annotations.result(),
+            "sizes": hash_of(sizes),
+        }
 
-    def _check_header(self, index: int) -> str:
-        """What is wrong with the file, if a training may skip it; raises UserError for what it may not."""
-        picture = self.pictures[index]
-        try:
-            with Image.open(self.folder / picture.file_name) as image:
+    def _check_header(self, index: int) -> tuple[str, int]:
+        """What is wrong with the file, if a training may skip it, and its size in bytes, -1 if it is missing;
+        raises UserError for what a training may not skip."""
+        picture, n_bytes, is_whole = self.pictures[index], -1, False
+        with suppress(*UNREADABLE), open(self.folder / picture.file_name, "rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            with Image.open(file) as image:
                 is_rotated = "exif" in image.info and image.getexif().get(ORIENTATION) in ROTATED
                 fits = (image.size[::-1] if is_rotated else image.size) == (picture.width, picture.height)
-        except UNREADABLE:
-            fits = False
+            is_whole = fits and not may_be_cut_off(file)
         try:
-            if not fits or may_be_cut_off(self.folder / picture.file_name):
+            if not is_whole:
                 self.load(picture)
         except UnreadableImage as error:
-            return str(error)
-        return ""
+            return str(error), n_bytes
+        return "", n_bytes
 
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits. They have the same classes."""
+    """Both splits, which have the same classes; and the digest of each by its name."""
 
     train: CocoSplit
     val: CocoSplit
+    digest: Mapping[str, Any]
 
     @staticmethod
     def read(data: Path, protocol: DetectionProtocol) -> "Data":
@@ -175,9 +192,8 @@ class Data:
             raise UserError(f"data: {train.file} and {val.file} have different categories")
         train.tell()
         val.tell()
-        train.check_headers(SHARE)
-        val.check_headers()  # all are needed: figures of other images could not be compared
-        read = Data(train, val)
+        # of the validation all are needed: figures of other images could not be compared
+        read = Data(train, val, {"train": train.check_headers(SHARE), "val": val.check_headers()})
         if read.n_shared:
             told = f"{read.n_shared} of the {len(val.pictures)} validation images are training images, too"
             log(f"data: {told}: the numbers say less than they seem to")

@@ -31,9 +31,7 @@ def coco_metrics(annotations: Path, predictions: list[Prediction], crowds: str =
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _indexed(read_truth(annotations, crowds))
         for kind, iou_type in KINDS.items():
-            evaluation = coco_api().COCOeval(truth, _results(truth, predictions, iou_type), iou_type)
-            evaluation.evaluate()
-            evaluation.accumulate()
+            evaluation = _evaluated(truth, predictions, iou_type)
             evaluation.summarize()
             named = zip(SUMMARY, evaluation.stats)
             metrics |= {f"{kind}_{name}": 100 * float(value) for name, value in named if value >= 0}
@@ -50,18 +48,38 @@ def coco_metrics(annotations: Path, predictions: list[Prediction], crowds: str =
 def check_evaluation(split: CocoSplit, crowds: str) -> None:
     """Evaluate empty predictions on the main process: what breaks the metrics shows before a training.
 
+    All objects are taken as one class, in one range of areas: 320 times fewer steps on COCO. COCO's evaluation still
+    reads every field of every annotation; a class only chooses annotations, by an id that ``read_split`` has
+    checked, and each range compares the same area with other bounds.
+
     Raises:
         UserError: COCO's code cannot evaluate the file; names it.
     """
     if not is_main():
         return
     try:
-        coco_metrics(split.file, [], crowds)
+        with contextlib.redirect_stdout(io.StringIO()):
+            content = read_truth(split.file, crowds)
+            one = content["categories"][:1]
+            objects = [{**a, "category_id": one[0]["id"]} for a in content["annotations"]]
+            truth = _indexed({**content, "categories": one, "annotations": objects})
+            for iou_type in KINDS.values():
+                _evaluated(truth, [], iou_type, n_ranges=1)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises whatever comes
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"data: {split.file} cannot be evaluated ({reason}); mend that entry") from error
+
+
+def _evaluated(truth: Any, predictions: list[Prediction], iou_type: str, n_ranges: int | None = None) -> Any:
+    """COCO's evaluation, accumulated; in the first ``n_ranges`` ranges of areas (None: all)."""
+    evaluation = coco_api().COCOeval(truth, _results(truth, predictions, iou_type), iou_type)
+    of_areas = evaluation.params
+    of_areas.areaRng, of_areas.areaRngLbl = of_areas.areaRng[:n_ranges], of_areas.areaRngLbl[:n_ranges]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
 
 
 def _indexed(content: dict[str, Any]) -> Any:

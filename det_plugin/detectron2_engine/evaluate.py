@@ -29,6 +29,7 @@ from det_plugin.run import DetectionRun
 from det_plugin.run import leave_result as left_result
 from pretrain import distributed
 from pretrain.build import network_kwargs
+from pretrain.data import digest
 from pretrain.files import write_text
 from pretrain.log import log
 from pretrain.settings import compared
@@ -150,7 +151,7 @@ def leave_result(
     elif cfg.train.init_checkpoint:
         changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
     recipe, origin = saved.protocol_in(trained), saved.origin_in(trained) or origin_of(None)
-    changed |= other_images(*images, recipe.train_share)
+    changed |= {**other_images(*images, recipe.train_share), **digest.run_deviation(folder)}
     return left_result(
         DetectionRun(
             backbone=trained.model.backbone.net.name,

@@ -24,11 +24,12 @@ from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate, leave_result
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.trainer import AccumulatingTrainer, WholeCheckpointer, last_whole
+from det_plugin.detectron2_engine.trainer import LAST, AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun, metrics_to_come
 from pretrain import distributed
+from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
@@ -39,7 +40,7 @@ from pretrain.run_lock import check_seen
 newest_checkpoint = last_whole
 
 
-def train(run: DetectionRun, resume: bool = False) -> Path:
+def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -> Path:
     """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
 
     The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`saved_config`), ``metrics.jsonl``,
@@ -63,10 +64,14 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     data = Data.read(run.data, recipe)  # finds damage before the first iteration
     check_evaluation(data.val, recipe.crowds)
     # All ranks look before a file is written; one decides
-    if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
+    is_done = distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]
+    begun = is_done or (run.output / LAST).is_file()
+    said_of_data = digest.check_run(run.output, data.digest, data_changed, {} if begun else None)
+    if is_done:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
+        digest.leave(run.output, said_of_data)
         to_come = metrics_to_come(read_classes(run.data, "val").values())
         leave_result(cfg, to_come, (None, 0), run.output, begins=True)
         _start_logs(run.output)

@@ -7,6 +7,7 @@ posfield benchmark det       time and memory ratios, also checkpointed: our ViT 
 posfield benchmark det-step  img/s and memory of a detector's training step, ours and Detectron2's
 posfield benchmark paka      time_ratio, memory_ratio: PaKA's step over DINOv2's; hours of a whole run
 posfield benchmark seg       time_ratio, memory_ratio: our ViT over mmseg's
+posfield benchmark start     seconds and memory before the first batch: a folder of files, annotations of COCO's size
 """
 
 import os
@@ -38,6 +39,7 @@ MEASURES = {
     "det": "det_plugin.benchmark.backbone",
     "det-step": "det_plugin.benchmark.step",
     "seg": "seg_plugin.benchmark",
+    "start": "det_plugin.benchmark.start",
 }
 # what the project promises: at most, or for the data path at least
 BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -92,6 +94,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto | cpu | cuda | mps")
     dtypes = ("float32", "bf16")
     add("--precision", default="float32", choices=dtypes, help="heads: of the chunked form")
+    add("--files", type=int, default=200_000, metavar="N", help="start: in the folder (%(default)s)")
+    smaller = "start: COCO's sizes are divided by N (%(default)s)"
+    add("--shrink", type=int, default=1, metavar="N", help=smaller)
     real = "step: also with real JPEG files through both data paths"
     add("--with-data", type=int, metavar="WORKERS", help=real)
     what = "step, paka: settings for all, e.g. step.compile=true; det-step: of the protocol"

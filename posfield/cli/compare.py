@@ -15,11 +15,15 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from det_plugin.coco.layout import locate
 from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
-from pretrain.cli import command_parser, fields_and_kwargs
+from pretrain.cli import add_data_changed, command_parser, fields_and_kwargs
 from pretrain.config import SHIPPED
+from pretrain.data.datasets import open_label_sets
+from pretrain.data.digest import hash_of_file
 from pretrain.errors import UserError, one_line
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
@@ -49,6 +53,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     instead.add_argument("--submit", action="store_true", help=slurm)
     instead.add_argument("--status", action="store_true", help="only show what is done")
     instead.add_argument("--tables", action="store_true", help="only write the tables of what is done")
+    add_data_changed(parser)
     add("--dry-run", action="store_true", help="only show the commands, or the SLURM jobs")
     add("overrides", nargs="*", metavar="key=value", help="keys of the config")
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -95,6 +100,17 @@ def sweep_jobs(comparison: Comparison) -> int:
     return len(grid.lr_grid) * len(grid.weight_decay_grid) * grid.seeds
 
 
+def data_now(comparison: Comparison, kind: str) -> dict[str, Any]:
+    """The digest of the data of all runs of a kind, as far as it is cheap: of COCO the annotations."""
+    if kind == "detect":
+        return {
+            split: {"annotations": hash_of_file(locate(comparison.coco, split).annotations)}
+            for split in ("train", "val")
+        }
+    parts = open_label_sets(comparison.ade, "ade20k")
+    return {part: found.digest() for part, found in zip(("training", "validation"), parts)}
+
+
 def go_on(
     comparison: Comparison, weights: Mapping[str, Weights], runs: list[FineTuning], options: argparse.Namespace,
     queue: Queue | None,
@@ -109,6 +125,7 @@ def go_on(
             print(of_job or shlex.join(run.command))
         return failed, []
     compare.check_data(comparison, begin)
+    compare.check_same_data(runs, begin, lambda kind: data_now(comparison, kind), options.data_changed)
     failed |= compare.prepare_all(weights, [run.entry for run in begin])
     n_gpus = 0 if comparison.device == "cpu" else options.gpus_per_run
     runner = Runner(options.jobs, 60 * options.max_minutes - GRACE_S, n_gpus, queue)
@@ -137,7 +154,8 @@ def main(arguments: list[str]) -> None:
     if lost and options.strict:
         raise UserError(f"--strict: {len(lost)} of {len(rows)} files are missing")
     n_jobs = sweep_jobs(comparison) if queue else None
-    planned = compare.plan(comparison, weights, options.output, options.gpus_per_run, n_jobs)
+    how = options.gpus_per_run, n_jobs, options.data_changed
+    planned = compare.plan(comparison, weights, options.output, *how)
     runs = [run for run in planned if run.entry in rows]
     if options.status:
         return print(*(f"{run.state:<16} {run.name}" for run in runs), sep="\n")

@@ -78,6 +78,8 @@ def refuse_empty(words: Sequence[str]) -> None:
 def resumed(words: Sequence[str]) -> str:
     """The command line that goes on where this one stopped."""
     name = Path(sys.argv[0]).name
+    # what was said of the data is saved with the run
+    words = [word for word in words if word != "--data-changed"]
     asked = ["--resume"] * (name in WITH_RESUME and "--resume" not in words)
     return f"{name} {shlex.join([*words, *asked])}"
 
@@ -140,8 +142,15 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     cores = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
     add("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    add_data_changed(parser)
     add("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     return parser
+
+
+def add_data_changed(parser: argparse.ArgumentParser) -> None:
+    """The option of every training."""
+    told = "go on with --resume though the data are others than before; the result says so"
+    parser.add_argument("--data-changed", action="store_true", help=told)
 
 
 def add_mask_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -49,15 +49,12 @@ def read_or_other(
     raise UserError(f"{what}: {len(broken)} images in a row cannot be read, the first: {broken[0]}")
 
 
-def may_be_cut_off(file: Path) -> bool:
-    """Whether a file is a JPEG or PNG without its end, no image or missing: a cheap look before decoding it."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(12)
-            opened.seek(-min(12, os.fstat(opened.fileno()).st_size), os.SEEK_END)
-            tail = opened.read()
-    except OSError:
-        return True
+def may_be_cut_off(file: BinaryIO) -> bool:
+    """Whether a file is a JPEG or PNG without its end, or no image: a cheap look before decoding it."""
+    file.seek(0)
+    head = file.read(12)
+    file.seek(-min(12, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    tail = file.read()
     if head.startswith(b"\xff\xd8"):
         return not tail.endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG"):

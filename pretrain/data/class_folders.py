@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.digest import digest_of
 from pretrain.data.images import read_picture, spread
 from pretrain.data.sources.files import SUFFIXES, is_image, left_out
 from pretrain.errors import UserError
@@ -41,6 +43,10 @@ class ClassFolder:
         """{CLASS/FILE: path} of the images."""
         names = (os.path.join(self.classes[number], name) for number, name in self.files)
         return {name: os.path.join(self.folder, name) for name in names}
+
+    def digest(self) -> dict[str, Any]:
+        """What tells it from others (:mod:`pretrain.data.digest`): number, names and sizes of the images."""
+        return digest_of([str(self.folder / self.classes[k] / name) for k, name in self.files]).values()
 
     def labels(self) -> Tensor:
         """Number of the class of each image; [n] int64."""

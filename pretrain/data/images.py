@@ -100,8 +100,10 @@ def cut_off(files: Sequence[Path]) -> list[str]:
 
     def reason(file: Path) -> str:
         try:
-            if may_be_cut_off(file):
-                decode(read_file(os.fsencode(file)))
+            with suppress(OSError), open(file, "rb") as opened:
+                if not may_be_cut_off(opened):
+                    return ""
+            decode(read_file(os.fsencode(file)))
         except BrokenImage as error:
             return f"{file} cannot be read ({error})"
         return ""

@@ -70,6 +70,7 @@ class DenseSettings(Settings):
     knn: KnnSettings = KnnSettings()
 
 
+DIGEST = "digest"  # of the parts, in a finished task
 TASKS = tuple(DenseSettings.model_fields)
 DENSE_TASKS = tuple(name for name in TASKS if name != KNN)
 # Training and validation images of the public protocols. Other sets have no such number.
@@ -243,13 +244,14 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
     # Read before the first hour: an error now where one differs
     files = sorted((folder / TASKS_FOLDER).glob("*.json"))
     weights = file_hash(job.subject.path, _weights_of(files))
-    before = {file.stem: _read(file, _identity(job, file.stem, weights)) for file in files}
+    own = {"weights_hash": weights, DIGEST: {str(k): part.digest() for k, part in enumerate(job.parts)}}
+    before = {file.stem: _read(file, _identity(job, file.stem, own)) for file in files}
     for task in before:
         print(f"{task}: evaluated before{'' if task in job.settings else ', not asked for now'}", flush=True)
     for task in [task for task in job.settings if task not in before]:
         check_signals(signals, task)
         done = before[task] = job.evaluate(task, features, signals)
-        _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, weights), done)
+        _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, own), done)
         numbers = [f"{name} {value:.2f}" for name, value in done.metrics.items() if isinstance(value, float)]
         print(f"{task}: {', '.join(numbers)}{_over(done, job)}, {done.wall_time_s:.0f} s", flush=True)
     return {task: before[task] for task in job.settings}
@@ -295,8 +297,8 @@ def watched(part: Part, task: str, signals: StopSignals) -> Part:
     return replace(part, on_read=on_read)
 
 
-def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
-    identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), "weights_hash": weights}))
+def _identity(job: Job, task: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), **own}))
     return identity
 
 
@@ -320,6 +322,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = f"no finished task can be read here ({type(error).__name__}: {error})"
         raise UserError(f"{file}: {reason}; remove it") from error
+    # an earlier version kept none
+    identity = {key: value for key, value in identity.items() if key != DIGEST or key in before}
     if changed := compared(before, identity):
         pairs = {key: f"{json.dumps(old)}, now {json.dumps(now)}" for key, (old, now) in changed.items()}
         told = [f"{key} ({pair})" if len(pair) < 80 else key for key, pair in sorted(pairs.items())]

@@ -6,7 +6,7 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.cli import command
+from pretrain.data import digest
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
-from pretrain.files import write_text
+from pretrain.files import read_mapping, write_text
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.jobs.slurm import INDEX
 from pretrain.jobs.stage import Stage
@@ -149,6 +150,7 @@ def plan(
     output: Path,
     n_gpus: int = 1,
     sweep_jobs: int | None = None,
+    data_changed: bool = False,
 ) -> list[FineTuning]:
     """The runs of all entries of which there are weights ({name: weights}). They go seed by seed, so that an
     unfinished comparison has every row; a sweep comes with the first seed.
@@ -157,6 +159,7 @@ def plan(
         n_gpus: of a run; of a sweep on this machine, its runs at a time.
         sweep_jobs: for SLURM, of how many jobs a sweep is; None: for this machine, where torchrun starts a
             process for each GPU.
+        data_changed: runs go on over other data than before.
     """
 
     def fine_tuning(entry: Entry, task: str, kind: str, seed: int) -> FineTuning:
@@ -173,7 +176,7 @@ def plan(
         recipe += ["--seed", str(seed)]  # the result depends on it, unlike on the rest
         changed = words_of(getattr(comparison, f"{task}_overrides"))
         rest += [*["--resume"] * (not is_sweep), "--weights", str(of_entry.file), "--output", str(folder)]
-        rest += ["--device", comparison.device]
+        rest += ["--device", comparison.device, *["--data-changed"] * data_changed]
         rest += ["--workers", str(comparison.workers)] * (comparison.workers is not None)
         if is_sweep:
             rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
@@ -204,6 +207,31 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
     for name, key in (("detect", "coco"), ("segment", "ade")):
         if any(run.kind == name for run in runs) and not Path(folder := getattr(comparison, key)).exists():
             raise UserError(f"{key}: there is no {folder}")
+
+
+def check_same_data(
+    runs: Sequence[FineTuning],
+    begin: Sequence[FineTuning],
+    now: Callable[[str], Mapping[str, digest.Values]],
+    data_changed: bool,
+) -> None:
+    """Before anything is begun: all runs of a kind are over the same data, those that are done, too.
+
+    Args:
+        begin: those of the ``runs`` that are to begin or to go on.
+        now: the digest of a kind's data; asked for where a run has left one to compare.
+
+    Raises:
+        UserError: they are not, and that is not wanted.
+    """
+    for kind in sorted({run.kind for run in begin}):
+        files = [
+            (run, file) for run in runs if run.kind == kind for file in run.folder.rglob(digest.FILE_NAME)
+        ]
+        today = now(kind) if files else {}
+        for run, file in files:
+            before = read_mapping(file, "output").get("digest", {})
+            digest.accept(run.name, digest.differences(before, today), "data", data_changed)
 
 
 def results(

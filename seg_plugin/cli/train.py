@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> None:
     if options.sweep == "status":
         print(status(one))
     elif options.sweep is None:
-        say(f"result: {train(one, options.resume)}")
+        say(f"result: {train(one, options.resume, options.data_changed)}")
     elif options.sweep == "all":
         say(f"result: {sweep(one, command_of_a_run(arguments), options.jobs)}")
     else:
-        say(f"result: {run_point(one, int(options.sweep))}")
+        say(f"result: {run_point(one, int(options.sweep), options.data_changed)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.data.datasets.listing import Pairs
 from pretrain.data.datasets.maps import UNKNOWN, nearest, read_map
+from pretrain.data.digest import digest_of
 from pretrain.data.images import in_batches, in_threads, read_picture, spread, square
 from pretrain.errors import UserError
 
@@ -93,6 +94,11 @@ class LabelSet:
         if not any(list(in_threads(lambda index: bool(self.read(index)[1].any()), range(len(self))))):
             where = Path(self.files[0][1]).parent
             raise UserError(f"no pixel of the {len(self)} {self.part} masks in {where} has a class")
+
+    def digest(self) -> dict[str, Any]:
+        """What tells it from others (:mod:`pretrain.data.digest`): number, names and sizes of images and maps."""
+        images, maps = zip(*self.files)
+        return digest_of(images, maps).values()
 
     @property
     def description(self) -> str:

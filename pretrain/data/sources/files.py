@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
+from pretrain.data.digest import Digest, FileSizes, hash_of
 from pretrain.errors import UserError, one_line
 from pretrain.files import MAX_LIST_BYTES, read_plain
 from pretrain.log import log
@@ -79,6 +80,10 @@ class Names:
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes()
 
+    def digest(self) -> str:
+        """A hash of the names and their order."""
+        return hash_of(self.text, self.ends.astype("<i8"))
+
 
 def shown(name: bytes) -> str:
     """A name for messages, in one line: invalid UTF-8 and control characters become ``\\x..``."""
@@ -98,9 +103,18 @@ class FileSource:
         """The name in the folder or the list."""
         return shown(self.names[index])
 
+    def path(self, index: int) -> bytes:
+        """Of the file."""
+        return os.path.join(self.root, self.names[index])
+
     def read(self, index: int) -> bytes:
         """The file's content; raises BrokenImage."""
-        return read_file(os.path.join(self.root, self.names[index]))
+        return read_file(self.path(index))
+
+    def digest(self) -> Digest:
+        """Of the names as they are listed, and the files' sizes."""
+        sizes = FileSizes(self.path, len(self))
+        return Digest(len(self), self.names.digest(), sizes.wait, sizes.begin)
 
 
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
