@@ -619,6 +619,25 @@ def test_tables_are_written_of_what_is_done(work, capsys):
         assert "two" in (work.out / "c.md").read_text()
 
 
+def test_a_result_that_cannot_be_read_is_named_and_the_others_are_drawn(work, capsys):
+    work()
+    (work.out / "one" / DET / "result.json").write_text("[" * 100_000)
+    (work.out / "c.md").unlink()
+    stopped = subprocess.Popen([sys.executable, "-c", ""])
+    stopped.wait()
+    parts = [work.out / f".c.md.{stopped.pid}.partial", work.out / "one" / f".a.run.{stopped.pid}.partial"]
+    for part in parts:
+        part.write_text("x")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"^failed: one/{DET}$"):
+        work("--tables")
+    said = capsys.readouterr().err
+    assert f"failed: one/{DET}: {work.out / 'one' / DET / 'result.json'}: not JSON (nested more than" in said
+    text = (work.out / "c.md").read_text()
+    assert "30.0" in text and text.count("40.0") == 2  # detection of two, segmentation of both
+    assert not any(part.exists() for part in parts)
+
+
 def test_other_settings_never_replace_a_result(work, capsys):
     work()
     write_ours(work.folder / "w" / "two.safetensors", seed=7)
