@@ -8,6 +8,7 @@ from photos import TINY, last, write_photos
 from source_fixture import opened, write_tar
 
 from pretrain.checkpoints import newest, save
+from pretrain.cli import resumed
 from pretrain.config import load_config
 from pretrain.data.digest import FileSizes, difference
 from pretrain.errors import UserError
@@ -163,3 +164,9 @@ def test_a_start_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda self, *a, **k: reached.append(1) or one(self, *a, **k))
     train(settings(tmp_path), stop_after=3)
     assert begun == [1, 2, 3] and waited == [3]
+
+
+def test_the_command_that_goes_on_accepts_no_further_change(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["posfield pretrain"])
+    words = ["--resume", "--data-changed", "data.root=x"]
+    assert resumed(words) == "posfield pretrain --resume data.root=x"
