@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
 import shlex
 import sys
@@ -35,6 +36,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
+    logging.raiseExceptions = show_traceback  # a log file on a full disk would show one for every line
     try:
         refuse_empty(arguments)
         with enough("take smaller images or batches, or another --device"):
