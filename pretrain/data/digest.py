@@ -37,7 +37,7 @@ def hash_of(*parts: bytes | NDArray[Any]) -> str:
     """12 hex digits of the SHA-256 of bytes or arrays, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+        digest.update(part.tobytes() if isinstance(part, np.ndarray) else part)
     return digest.hexdigest()[:12]
 
 
