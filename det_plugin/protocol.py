@@ -1,7 +1,8 @@
 """Every number of the COCO fine-tuning protocol, once. Both engines read this file and no other.
 
-Mask R-CNN on a plain ViT (with ``masks=off``, Faster R-CNN: the same without the mask head): ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2",
-the paper's appendix; "Detectron2", its ViTDet configs; "ours" where neither says.
+Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions; with ``masks=off``
+Faster R-CNN, the same without the mask head. Sources: "B.2", the paper's appendix; "Detectron2", its ViTDet
+configs; "ours" where neither says.
 """
 
 from collections.abc import Mapping

@@ -3,10 +3,10 @@
 posfield predict --run runs/det --images photos/ --output found
 
 OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and
-annotations with image_id, category_id, bbox, area, segmentation (RLE; not of a detector of boxes alone),
-iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/pictures/ holds the images with masks, boxes, names and scores. Of a segmenter, OUTPUT/labels/
-holds a PNG an image, stored as the masks of its training data are, and OUTPUT/classes.txt says what the values
-mean. Images that cannot be read are named and skipped.
+annotations with image_id, category_id, bbox, area, segmentation (RLE; none where the run learned boxes alone),
+iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/pictures/ holds the images with masks, boxes, names
+and scores. Of a segmenter, OUTPUT/labels/ holds a PNG an image, stored as the masks of its training data are,
+and OUTPUT/classes.txt says what the values mean. Images that cannot be read are named and skipped.
 """
 
 import json
