@@ -12,6 +12,7 @@ from pathlib import Path
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
+from det_plugin.coco.share import share_of
 from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
 from pretrain.errors import TRUST_HELP, UserError
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
-    split = read_split(options.data, options.split, num_classes=None, training=False)
+    how = dict(num_classes=None, training=False, val_share=share_of(options.run))
+    split = read_split(options.data, options.split, **how)
     pictures = choose(split, max(options.count, 1), options.images)
     evaluated = options.split == "val"
     predictions = predictions_of(options.run, split, pictures, options.device, evaluated, options.trust)

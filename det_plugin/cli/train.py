@@ -34,6 +34,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
     told = "iscrowd 1: left out, as COCO does, or taken as objects (%(default)s)"
     add("--crowds", default="ignored", choices=("ignored", "objects"), help=told)
+    told = "of the images, for validation, where the data have one split alone: 0.2"
+    add("--val-share", type=float, default=0.0, metavar="SHARE", help=told)
     add("--checkpointing", action="store_true", help="less memory: the backward pass computes blocks again")
     add("--compile", action="store_true", help="torch.compile of the blocks")
     add("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
@@ -50,6 +52,10 @@ def main(arguments: list[str]) -> None:
         if options["crowds"] != "ignored":
             raise UserError(
                 f"--eval-only: {options['output']} says itself what its crowds are; leave out --crowds"
+            )
+        if options["val_share"]:
+            raise UserError(
+                f"--eval-only: {options['output']} says itself how it divides the data; leave out --val-share"
             )
         evaluate(**{key: options[key] for key in ("data", "output", "engine", "device", "workers")})
         return

@@ -41,10 +41,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from det_plugin.coco.layout import locate
+from det_plugin.coco.content import HEADER_READERS, UNREADABLE, upright_size
+from det_plugin.coco.layout import CocoFiles, in_words, locate, read_json
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
+from det_plugin.coco.share import leave_split
 from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
@@ -52,19 +53,15 @@ from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
-from pretrain.files import read_mapping
 from pretrain.log import log
 from pretrain.settings import shown
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 SHARE_SEED = 0
 # What a polygon may have: pycocotools walks along every edge, and shapely computes every crossing (a second)
 LONGEST_PX, MOST_CROSSINGS, FEW_POINTS = 1e7, 100_000, 500
 LARGEST_ID = 2**53  # COCOeval keeps ids as floats
 LARGEST_PX = 1e10  # COCOeval leaves out objects of a larger area
 MOST_CROWDS = 0.1  # of a category's annotations; a larger share is told (ours: in COCO, crowds are rare)
-ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
-HEADER_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,7 @@ class CocoSplit:
     pictures: Sequence[Picture]
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
+    source: CocoFiles
     notes: tuple[str, ...] = ()  # lines about what is left out or taken in another way
 
     def tell(self) -> None:
@@ -128,7 +126,9 @@ class CocoSplit:
             raise UnreadableImage(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             found, said = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{picture.width} x {picture.height}"
-            raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}")
+            is_swapped = pixels.shape[:2] == (picture.width, picture.height)
+            hint = " (its EXIF orientation may swap the sides: label it as it is shown)" if is_swapped else ""
+            raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}{hint}")
         return pixels
 
     def check_headers(self, allowed: float = 0.0) -> None:
@@ -145,9 +145,7 @@ class CocoSplit:
         """What is wrong with the file, if a training may skip it; raises UserError for what it may not."""
         picture = self.pictures[index]
         try:
-            with Image.open(self.folder / picture.file_name) as image:
-                is_rotated = "exif" in image.info and image.getexif().get(ORIENTATION) in ROTATED
-                fits = (image.size[::-1] if is_rotated else image.size) == (picture.width, picture.height)
+            fits = upright_size(self.folder / picture.file_name) == (picture.width, picture.height)
         except UNREADABLE:
             fits = False
         try:
@@ -177,11 +175,18 @@ class Data:
         val = read_split(data, "val", training=False, **how)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise UserError(f"data: {train.file} and {val.file} have different categories")
+        named = (("train", train), ("val", val))
+        log(f"data: {in_words((name, each.source, len(each.pictures)) for name, each in named)}")
         train.tell()
         val.tell()
         train.check_headers(SHARE)
         val.check_headers()  # all are needed: figures of other images could not be compared
         return Data(train, val)
+
+    def leave_split(self, output: Path) -> None:
+        """Write down how the images were divided, if they were."""
+        if self.train.source.side:
+            leave_split(output, self.train.source.val_share, self.train.source.read(), self.val.source.read())
 
 
 def read_split(
@@ -194,6 +199,7 @@ def read_split(
     crowds: str = "ignored",
     masks: str = "auto",
     keep_empty: bool = False,
+    val_share: float = 0.0,
 ) -> CocoSplit:
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
@@ -203,13 +209,13 @@ def read_split(
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
         share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
-        crowds, masks, keep_empty: fields of the protocol.
+        crowds, masks, keep_empty, val_share: fields of the protocol.
 
     Raises:
         UserError: names the file, the entry and the problem.
     """
-    files = locate(data, split)
-    file, content = files.annotations, read_json(files.annotations)
+    files = locate(data, split, val_share)
+    file, content = files.annotations, files.read()
     try:
         names = _categories(content)
         notes = _notes(content, names, crowds)
@@ -232,24 +238,25 @@ def read_split(
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
-    return CocoSplit(file, files.images, PackedList(pictures), tuple(names), tuple(names.values()), notes)
+    names_of = tuple(names), tuple(names.values())
+    return CocoSplit(file, files.images, PackedList(pictures), *names_of, files, notes)
 
 
-def read_classes(data: str | Path, split: str) -> dict[int, str]:
+def read_classes(data: str | Path, split: str, val_share: float = 0.0) -> dict[int, str]:
     """Category id -> name, in the order of the classes.
 
     Raises:
         UserError: as :func:`read_split`.
     """
-    file = locate(data, split).annotations
-    content = read_json(file)
+    files = locate(data, split, val_share)
+    content = files.read()
     try:
         return _categories(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"data: {file}: its categories are damaged: {error}") from error
+        raise UserError(f"data: {files.annotations}: its categories are damaged: {error}") from error
 
 
-def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
+def lacks_masks(data: str | Path, crowds: str = "ignored", val_share: float = 0.0) -> bool:
     """Whether there are objects, but none with a mask, in both splits. Damaged entries count as objects.
 
     Raises:
@@ -257,7 +264,7 @@ def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
     """
     found = False
     for split in ("val", "train"):  # the small one first: COCO's answers in a moment
-        for annotation in read_json(locate(data, split).annotations)["annotations"]:
+        for annotation in locate(data, split, val_share).read()["annotations"]:
             try:
                 if crowds == "ignored" and is_crowd(annotation):
                     continue
@@ -269,15 +276,15 @@ def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
     return found
 
 
-def read_truth(file: Path, crowds: str = "ignored", masks: str = "auto") -> dict[str, Any]:
-    """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
+def read_truth(source: Path | CocoFiles, crowds: str = "ignored", masks: str = "auto") -> dict[str, Any]:
+    """A split's or a COCO file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
     are filled in or mended, names are unique, and an object without a polygon of three points has an empty
     mask. Objects that only have a box are marked by ``box_alone``. ``crowds`` and ``masks`` as in
     :func:`read_split`, whose checks the file must have passed.
     """
-    content = read_json(file)
+    content = source.read() if isinstance(source, CocoFiles) else read_json(source)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     first = 1 - min((annotation["id"] for annotation in content["annotations"]), default=1)
     content["categories"] = [{"id": id, "name": name} for id, name in _categories(content).items()]
@@ -301,19 +308,6 @@ def read_truth(file: Path, crowds: str = "ignored", masks: str = "auto") -> dict
             whole["area"] = max(float(own), 0.0)
         truth.append(whole)
     return {**content, "annotations": truth}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a COCO file: images, annotations, categories.
-
-    Raises:
-        UserError: no such file, no JSON, or a list is missing.
-    """
-    content = read_mapping(file, "data")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise UserError(f"data: {file} is no COCO instances file: it has no list {key!r}")
-    return content
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, str]:

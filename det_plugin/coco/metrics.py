@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.coco.annotations import CocoSplit, read_truth
+from det_plugin.coco.layout import CocoFiles
 from det_plugin.coco.masks import coco_api
 from det_plugin.protocol import DetectionProtocol
 from pretrain.distributed import is_main
@@ -21,14 +22,14 @@ KINDS = {"box": "bbox", "mask": "segm"}
 
 
 def coco_metrics(
-    annotations: Path, predictions: list[Prediction], crowds: str = "ignored", masks: str = "auto"
+    annotations: Path | CocoFiles, predictions: list[Prediction], crowds: str = "ignored", masks: str = "auto"
 ) -> dict[str, Any]:
     """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` /
     ``_large``, ``box_ap_classes`` (by name), and the same for masks. Metrics without ground truth are left
     out.
 
     Args:
-        annotations: COCO instances file.
+        annotations: of a split, or a COCO instances file.
         crowds, masks: fields of the protocol. Without masks, predictions need none.
     """
     metrics: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def check_evaluation(split: CocoSplit, protocol: DetectionProtocol) -> None:
     if not is_main():
         return
     try:
-        coco_metrics(split.file, [], protocol.crowds, protocol.masks)
+        coco_metrics(split.source, [], protocol.crowds, protocol.masks)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises whatever comes

@@ -202,7 +202,8 @@ def resolved(cfg: DictConfig) -> DictConfig:
     """
     origin, given = origin_in(cfg), model_kwargs_in(cfg)
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
-    cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
+    val_share = cfg.dataloader.evaluator.overrides.get("val_share", 0.0)
+    cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val", val_share)
     if origin is not None:
         cfg.dataloader.evaluator.origin = {**origin, "given_kwargs": given}
         cfg.model.backbone.net.update(weights=None, **origin["model_kwargs"])

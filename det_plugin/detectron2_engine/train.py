@@ -65,9 +65,10 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
-        to_come = metrics_to_come(read_classes(run.data, "val").values())
+        to_come = metrics_to_come(read_classes(run.data, "val", recipe.val_share).values())
         leave_result(cfg, to_come, (None, 0), run.output, begins=True)
         _start_logs(run.output)
+        data.leave_split(run.output)
         LazyConfig.save(cfg, str(run.output / saved.ASKED))
         LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
@@ -86,9 +87,9 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     cfg, last = saved.load_config(output, saved.RESOLVED), last_whole(output)
     if last is None:
         raise UserError(f"{output}: no checkpoint to evaluate")
-    if saved.classes_in(cfg) != read_classes(data, "val"):
-        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     recipe = saved.protocol_in(cfg)
+    if saved.classes_in(cfg) != read_classes(data, "val", recipe.val_share):
+        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     how = dict[str, Any](num_classes=None, training=False, **recipe.reading)
     split = read_split(data, "val", **how)
     split.tell()

@@ -182,4 +182,4 @@ def evaluate(
     if not is_main():
         return {}, predictions
     write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
-    return coco_metrics(split.file, predictions, protocol.crowds, protocol.masks), predictions
+    return coco_metrics(split.source, predictions, protocol.crowds, protocol.masks), predictions

@@ -63,6 +63,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         to_come = metrics_to_come(data.train.class_names)
         leave_result(run, to_come, changed, wall_time_s=0.0, begins=True, **said)
         write_json(run.output / folder.CONFIG, config)
+        data.leave_split(run.output)
     terms = None
     if state is not None:
         trainer.restore(state)

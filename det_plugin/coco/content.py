@@ -1,0 +1,125 @@
+"""What the readers of labels in other formats than COCO's share: folders, sizes of images, faults, and a memory.
+
+A reader gives COCO content, with the key ``faults`` beside: what is odd in the files, ``{kind: [file:line, ...]}``.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pretrain.data.sources.files import SUFFIXES
+
+Content = dict[str, Any]  # images, annotations, categories as in COCO; faults
+Stamp = tuple[int, int]  # of a file: time in ns, bytes
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("valid", "val", "validation"),
+    "test": ("test", "testing"),
+}
+
+# Kinds of faults. With a fatal one there is no training
+DAMAGED = "labels that cannot be read"
+UNKNOWN = "objects of unknown class"
+ALONE = "label files without an image"
+UNLABELED = "images without a label file"
+FATAL = (DAMAGED, UNKNOWN)
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
+ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
+HEADER_READERS = 16
+
+
+def swaps_sides(image: Image.Image) -> bool:
+    """Whether an opened image's EXIF orientation swaps width and height."""
+    return "exif" in image.info and image.getexif().get(ORIENTATION) in ROTATED
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height by the header, as the image is shown.
+
+    Raises:
+        one of :data:`UNREADABLE`.
+    """
+    with Image.open(path) as image:
+        return image.size[::-1] if swaps_sides(image) else image.size
+
+
+def upright_sizes(paths: Iterable[Path]) -> list[tuple[int, int] | None]:
+    """:func:`upright_size` of many, by threads; None where there is no readable header."""
+
+    def size(path: Path) -> tuple[int, int] | None:
+        try:
+            return upright_size(path)
+        except UNREADABLE:
+            return None
+
+    with ThreadPoolExecutor(HEADER_READERS) as pool:
+        return list(pool.map(size, paths))
+
+
+def is_image(name: str) -> bool:
+    """By its suffix."""
+    return name[name.rfind(".") :].lower() in SUFFIXES if "." in name else False
+
+
+def stem_of(name: str) -> str:
+    """A path as text, without its suffix."""
+    return os.path.splitext(name)[0]
+
+
+def listed(folder: Path) -> dict[str, Stamp]:
+    """The files in a folder and below, by their paths from there, sorted; hidden ones are left out. Links to
+    folders are followed, each real folder once."""
+    found, waiting, seen = dict[str, Stamp](), [("", os.path.realpath(folder))], set[str]()
+    while waiting:
+        inside, at = waiting.pop()
+        if at in seen or not os.path.isdir(at):
+            continue
+        seen.add(at)
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append((f"{inside}{entry.name}/", os.path.realpath(entry.path)))
+                elif entry.is_file():
+                    status = entry.stat()
+                    found[inside + entry.name] = status.st_mtime_ns, status.st_size
+    return dict(sorted(found.items()))
+
+
+def sub_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these sub-folders, in any case of letters."""
+    try:
+        there = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+    except OSError:
+        return None
+    found = (folder / there[name] for name in names if name in there)
+    return next((path for path in found if path.is_dir()), None)
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Sub-folders that are named after splits, by our name of the split."""
+    found = {split: sub_folder(folder, names) for split, names in SPLIT_NAMES.items()}
+    return {split: path for split, path in found.items() if path is not None}
+
+
+_KEPT: dict[Hashable, tuple[int, dict[str, bytes]]] = {}
+
+
+def read_once(
+    key: Hashable, stamp: Hashable, split: str, read: Callable[[], Mapping[str, Content]]
+) -> Content:
+    """The content of a split, as what ``read`` gives for all of them. It reads again only if ``stamp`` is another
+    one: a start asks for the labels several times. Each call gives another copy."""
+    stamp = hash(stamp)
+    if key not in _KEPT or _KEPT[key][0] != stamp:
+        _KEPT.clear()
+        _KEPT[key] = stamp, {name: pickle.dumps(content, -1) for name, content in read().items()}
+    content: Content = pickle.loads(_KEPT[key][1][split])
+    return content
