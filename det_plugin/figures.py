@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -146,6 +147,30 @@ def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
         x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
     return draw_objects(image, objects)
+
+
+def draw_entries(
+    image: np.ndarray, objects: Sequence[tuple[dict[str, Any], int, list[float]]], classes: dict[int, str]
+) -> np.ndarray:
+    """An image [H, W, 3] uint8 with COCO annotations as they are written, be they right or wrong.
+
+    Args:
+        objects: (annotation, category id, box x, y, width, height).
+        classes: category id -> name.
+    """
+    small, geometry = _resized(image, min(max(*image.shape[:2], 640), 1200))
+    kinds, drawn = {id: k for k, id in enumerate(sorted(classes))}, []
+    for annotation, category, (x, y, w, h) in objects:
+        try:
+            mask = geometry.mask(annotation["segmentation"]).astype(bool)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # none, or damaged
+            mask = None
+        (x0, x1), (y0, y1) = sorted((x, x + w)), sorted((y, y + h))
+        (x0, y0), (x1, y1) = geometry.points(np.array([(x0, y0), (x1, y1)], float)).tolist()
+        is_crowd = " (crowd)" if annotation.get("iscrowd") == 1 else ""
+        text = f"{classes.get(category, f'unknown {category}')}{is_crowd}"
+        drawn.append(Shown(kinds.get(category, len(kinds)), mask, (x0, y0, x1, y1), text))
+    return draw_objects(small, drawn)
 
 
 def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:

@@ -89,7 +89,7 @@ def test_an_export_is_evaluated_on_valid_then_val_then_test(root):
 def test_missing_files_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no file .*nowhere and no folder"):
         locate(tmp_path / "nowhere", "train")
-    (root / "train2017").rename(root / "images")
+    (root / "train2017").rename(root / "elsewhere")
     with pytest.raises(
         UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"
     ):
@@ -119,8 +119,11 @@ def test_damaged_yaml_is_named(tmp_path, text, message):
         locate(tmp_path / "data.yaml", "train")
     assert "\n" not in str(error.value)
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.json is neither a folder nor a \.yaml file"):
+    with pytest.raises(UserError, match=r"data\.json is no COCO instances file"):
         locate(tmp_path / "data.json", "train")
+    (tmp_path / "data.txt").write_text("{}")
+    with pytest.raises(UserError, match=r"data\.txt is neither a folder nor a \.yaml file"):
+        locate(tmp_path / "data.txt", "train")
 
 
 # --- a share of the images --------------------------------------------------------------------------------

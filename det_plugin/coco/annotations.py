@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from det_plugin.coco.content import HEADER_READERS, UNREADABLE, upright_size
+from det_plugin.coco.content import HEADER_READERS, UNREADABLE, misread, upright_size
 from det_plugin.coco.layout import CocoFiles, in_words, locate, read_json
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
 from det_plugin.coco.share import leave_split
@@ -348,6 +348,7 @@ def _pictures(
     """
     _check_ids("image", content["images"])
     objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...]]]] = {}
+    boxes, around = list[tuple[float, ...]](), list[tuple[int, int]]()
     sizes, annotated, n_objects, boxes_alone = {}, set[int](), 0, list[int]()
     for image in content["images"]:
         width, height = image["width"], image["height"]
@@ -365,6 +366,8 @@ def _pictures(
             raise ValueError(f"annotation {annotation['id']} has the unknown {name}")
         annotated.add(image_id)
         x, y, width, height = _box(annotation)
+        boxes.append((x, y, width, height))
+        around.append(sizes[image_id])
         segmentation = [] if masks == "off" else _segmentation(annotation, *sizes[image_id])
         if annotation["iscrowd"]:
             continue
@@ -374,6 +377,8 @@ def _pictures(
         if not training or (min(width, height) > 0 and (segmentation or masks == "off")):
             box = (x, y, x + width, y + height)
             objects[image_id].append((class_of[category], segmentation, box))
+    if wrong := misread(np.array(boxes, float).reshape(-1, 4), np.array(around, float).reshape(-1, 2)):
+        raise ValueError(wrong)
     notes = _of_boxes_alone(boxes_alone, n_objects, training, masks)
     notes += _of_empty(objects, annotated, training, keep_empty)
     pictures = [
@@ -444,26 +449,27 @@ def _notes(content: Mapping[str, Any], names: Mapping[int, str], crowds: str) ->
     """Lines about areas and crowds; :func:`_mend_crowd` of all annotations."""
     _check_ids("annotation", content["annotations"])
     all_own, found, notes, mended = Counter[Any](), Counter[Any](), [], []
-    ordinary = set[Any]()  # categories with an RLE that is no crowd
+    as_rle, ordinary = set[Any](), set[Any]()  # categories with an RLE that is a crowd, that is none
     for annotation in content["annotations"]:
         category = annotation["category_id"]
         all_own[category] += 1
-        if _mend_crowd(annotation, crowds):
+        if is_marked := _mend_crowd(annotation, crowds):
             found[category] += 1
-        elif isinstance(annotation.get("segmentation"), dict):
-            ordinary.add(category)
+        if isinstance(annotation.get("segmentation"), dict):
+            (as_rle if is_marked else ordinary).add(category)
         if "area" in annotation and not _is_area(annotation["area"]):
             mended.append(f"the first: {shown(annotation['area'])} of annotation {annotation['id']}")
     if mended:
         notes.append(
             f"{len(mended)} areas are no number of pixels ({mended[0]}); the mask's or box's are used"
         )
-    n, of = found.total(), f"of {all_own.total()} annotations are crowds (iscrowd 1)"
+    what = content.get("crowds", "crowds (iscrowd 1)")
+    n, of = found.total(), f"of {all_own.total()} annotations are {what}"
     if n and crowds == "objects":
         notes.append(f"{n} {of}, taken as objects")
     elif n:
         notes.append(f"{n} {of}: left out of training, and ignored regions in evaluation")
-        many = [k for k in all_own if found[k] > MOST_CROWDS * all_own[k] and k not in ordinary]
+        many = [k for k in all_own if found[k] > MOST_CROWDS * all_own[k] and k in as_rle - ordinary]
         if many:
             told = ", ".join(f"{shown(names.get(k, k))} {found[k]} of {all_own[k]}" for k in many[:5])
             rest = f" and {len(many) - 5} more" if len(many) > 5 else ""

@@ -1,6 +1,7 @@
 """What the readers of labels in other formats than COCO's share: folders, sizes of images, faults, and a memory.
 
-A reader gives COCO content, with the key ``faults`` beside: what is odd in the files, ``{kind: [file:line, ...]}``.
+A reader gives COCO content, with the key ``faults`` beside: what is odd in the files, ``{kind: [file:line, ...]}``;
+and perhaps ``crowds``, what the format calls them.
 """
 
 import os
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pretrain.data.sources.files import SUFFIXES
@@ -32,6 +34,7 @@ FATAL = (DAMAGED, UNKNOWN)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
 HEADER_READERS = 16
+FEWEST_BOXES = 4  # that show a rule
 
 
 def swaps_sides(image: Image.Image) -> bool:
@@ -107,6 +110,24 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """Sub-folders that are named after splits, by our name of the split."""
     found = {split: sub_folder(folder, names) for split, names in SPLIT_NAMES.items()}
     return {split: path for split, path in found.items() if path is not None}
+
+
+def misread(boxes: np.ndarray, sizes: np.ndarray) -> str:
+    """What boxes are that are no x, y, width, height in pixels, but could be another thing; empty where they are.
+
+    Args:
+        boxes: [N, 4], of a whole split.
+        sizes: [N, 2], width and height of their images.
+    """
+    far = boxes[:, :2] + boxes[:, 2:]  # [N, 2]
+    leave = (far > sizes + 1).any(axis=1)
+    as_corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, 2:] <= sizes + 1).all(axis=1)
+    if len(boxes) >= FEWEST_BOXES and leave.mean() > 0.5 and (as_corners & (boxes >= -1).all(axis=1)).all():
+        told = f"{leave.sum()} of {len(boxes)} boxes leave their images as x, y, width, height, and none as corners"
+        return f"{told} x0, y0, x1, y1; write x, y, x1 - x0, y1 - y0"
+    if len(boxes) and 0 < boxes.max() <= 1 < sizes.min() and boxes.min() >= 0:
+        return f"all {len(boxes)} boxes are within 0 and 1: shares of the image; write pixels"
+    return ""
 
 
 _KEPT: dict[Hashable, tuple[int, dict[str, bytes]]] = {}

@@ -217,7 +217,9 @@ def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles
     """
     found = dict[str, CocoFiles]()
     for file in files:
-        if root is None or _first_names(file) is not None:
+        if root is None and _first_names(file) is None:
+            read_json(file)  # says what it is not
+        if _first_names(file) is not None:
             split = _split_of(file) if len(files) > 1 else "all"
             if split in found:
                 told = f"both are {'of no' if split == 'all' else f'the {split}'} split"
@@ -314,7 +316,7 @@ def _of_voc(root: Path) -> dict[str, CocoFiles]:
 def _of_yolo(root: Path) -> dict[str, CocoFiles]:
     found = yolo.find(root)
     return {
-        split: CocoFiles(found.file, part.images, "YOLO", partial(yolo.read, root, split))
+        split: CocoFiles(part.file, part.images, "YOLO", partial(yolo.read, root, split))
         for split, part in (found.parts if found else {}).items()
     }
 

@@ -41,6 +41,7 @@ from pretrain.settings import shown
 
 XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
+CROWDS = "difficult, as crowds (iscrowd 1) are"  # what messages call them
 FLAG = {"1": 1, "true": 1, "0": 0, "false": 0, "": 0}
 
 
@@ -129,7 +130,8 @@ def _of_list(file: Path, whole: Part) -> Part:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        tries = [line, line.split()[0]]  # a name may have spaces, or a number behind it
+        # A name may have spaces, and a number behind it
+        tries = [line, re.sub(r"\s+-?[01]$", "", line), line.split()[0]]
         tries += [each.rpartition("/")[2] for each in tries]
         tries += [stem_of(each) for each in tries if is_image(each)]
         xml = next((names[each] for each in tries if each in names), None)
@@ -259,4 +261,5 @@ def _content(part: Part, labels: list[_Labels], ids: dict[str, int], faults: dic
             whole = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name], "bbox": box}
             annotations.append({**whole, "area": box[2] * box[3], "iscrowd": difficult})
     categories = [{"id": id, "name": name} for name, id in ids.items()]
-    return {"images": images, "annotations": annotations, "categories": categories, "faults": faults}
+    lists = {"images": images, "annotations": annotations, "categories": categories}
+    return {**lists, "faults": faults, "crowds": CROWDS}

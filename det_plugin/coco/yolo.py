@@ -15,7 +15,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ class Part:
     """The images of a split.
 
     Attributes:
+        file: the folder or the list that says which they are.
         images: the folder that their names are relative to.
         pictures: {name below it: (its stamp, its label file, the stamp of that)}.
         absent: lines of a list that name no image.
         alone: label files in these folders that belong to no image.
     """
 
+    file: Path
     images: Path
     pictures: dict[str, tuple[Stamp, Path | None, Stamp]]
     absent: list[str] = field(default_factory=list)
@@ -305,7 +307,7 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
         base = next((str(base) for base in bases if Path(folder).is_relative_to(base)), images)
         inside = os.path.relpath(path, images).replace(os.sep, "/")
         found[inside] = (labels.files(folder).get(name, (0, 0)), *labels.label(folder, name, base))
-    return Part(Path(images), dict(sorted(found.items())), absent)
+    return Part(entries[0], Path(images), dict(sorted(found.items())), absent)
 
 
 def _images_below(folder: str) -> Iterator[str]:
@@ -330,7 +332,7 @@ def _with_alone(parts: dict[str, Part], labels: _Folders) -> dict[str, Part]:
     """All splits, the first with the label files that have no image in any."""
     first = next(iter(parts))
     own = parts[first]
-    return {**parts, first: Part(own.images, own.pictures, own.absent, list(labels.alone()))}
+    return {**parts, first: replace(own, alone=list(labels.alone()))}
 
 
 def _lines(file: Path) -> list[str]:
