@@ -57,7 +57,11 @@ def coco(images, file_name="{}", polygons=False, names=NAMES, crowds=False):
         image = {"id": id, "file_name": file_name.format(name), "width": width, "height": height}
         content["images"].append(image)
         for kind, x, y, w, h in objects:
-            own = {"id": len(content["annotations"]) + 1, "image_id": id, "category_id": 1 + names.index(kind)}
+            own = {
+                "id": len(content["annotations"]) + 1,
+                "image_id": id,
+                "category_id": 1 + names.index(kind),
+            }
             own |= {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             if polygons:
                 own["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
@@ -101,7 +105,9 @@ def yolo_lines(size, objects, polygons=False, numbers=None):
     numbers = numbers or {name: k for k, name in enumerate(NAMES)}
     lines = []
     for kind, x, y, w, h in objects:
-        corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)] if polygons else [(x + w / 2, y + h / 2), (w, h)]
+        corners = (
+            [(x, y), (x + w, y), (x + w, y + h), (x, y + h)] if polygons else [(x + w / 2, y + h / 2), (w, h)]
+        )
         values = [value / size[axis] for corner in corners for axis, value in enumerate(corner)]
         lines.append(" ".join([str(numbers[kind]), *(f"{value:.9f}" for value in values)]))
     return "".join(f"{line}\n" for line in lines)
@@ -114,7 +120,9 @@ def write_yolo(root, splits, images="images/{}", labels="labels/{}", yaml=None, 
         (root / labels.format(split)).mkdir(parents=True, exist_ok=True)
         for name, (size, objects) in own.items():
             if objects:
-                write_text(root / labels.format(split) / f"{Path(name).stem}.txt", yolo_lines(size, objects, **how))
+                write_text(
+                    root / labels.format(split) / f"{Path(name).stem}.txt", yolo_lines(size, objects, **how)
+                )
     if yaml is not None:
         write_text(root / "data.yaml", yaml)
     return root

@@ -1,9 +1,7 @@
 """Labels in the formats of other tools: COCO's json in any layout, Pascal VOC, YOLO."""
 
 import json
-import os
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from formats_fixture import (
     write_voc,
     write_yolo,
     xml_of,
-    yolo_lines,
 )
 from PIL import Image
 
@@ -37,7 +34,9 @@ YAML = "train: images/train\nval: images/val\nnames: [ant, bee, cat]\n"
 
 def same(found, images):
     """Whether content is that of a scene, sorted by names or in the order given."""
-    return plain(found) == {name: (size, [tuple(each) for each in own]) for name, (size, own) in images.items()}
+    return plain(found) == {
+        name: (size, [tuple(each) for each in own]) for name, (size, own) in images.items()
+    }
 
 
 # --- every layout -----------------------------------------------------------------------------------------
@@ -64,7 +63,11 @@ def roboflow_yolo(root):
 
 def yolo_lists(root):
     """Lists with paths of another machine, of this folder, and of the list's."""
-    write_yolo(root, BOTH, yaml="path: /content/mine\ntrain: train.txt\nval: val.txt\nnames: {0: ant, 1: bee, 2: cat}\n")
+    write_yolo(
+        root,
+        BOTH,
+        yaml="path: /content/mine\ntrain: train.txt\nval: val.txt\nnames: {0: ant, 1: bee, 2: cat}\n",
+    )
     for split, start in (("train", "/content/mine/images/train/"), ("val", "./images/val/")):
         write_text(root / f"{split}.txt", "".join(f"{start}{name}\n" for name in BOTH[split]))
 
@@ -75,7 +78,10 @@ def darknet(root):
     for split, images in BOTH.items():
         write_text(root / f"{split}.txt", "".join(f"data/obj_{split}_data/{name}\n" for name in images))
     write_text(root / "obj.names", "ant\nbee\ncat\n")
-    write_text(root / "obj.data", "classes = 3\ntrain = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n")
+    write_text(
+        root / "obj.data",
+        "classes = 3\ntrain = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n",
+    )
 
 
 def absolute_yaml(root):
@@ -167,6 +173,11 @@ def roboflow_flat(root):
     write_json(root / "_annotations.coco.json", coco(TRAIN))
 
 
+def coco_train(root):
+    write_images(root / "train", TRAIN)
+    write_json(root / "annotations/train.json", coco(TRAIN))
+
+
 def fiftyone(root):
     write_images(root / "data", TRAIN)
     write_json(root / "labels.json", coco(TRAIN))
@@ -192,7 +203,7 @@ ONE = {
     "coco with urls": partial(label_studio, name="https://example.org/a/{}"),
     "coco flat by roboflow": roboflow_flat,
     "coco by fiftyone": fiftyone,
-    "coco train alone": lambda root: (write_images(root / "train", TRAIN), write_json(root / "annotations/train.json", coco(TRAIN))),
+    "coco train alone": coco_train,
     "voc beside images": lambda root: write_voc(root, {"": TRAIN}, "annotations", "images", ""),
     "voc among images": lambda root: write_voc(root, {"": TRAIN}, "", "", ""),
     "voc by cvat": lambda root: write_voc(root, {"default": TRAIN}),
@@ -218,11 +229,15 @@ def test_one_split_is_divided_when_asked(tmp_path, layout):
 
 def test_what_holds_nothing_or_too_much_says_so(tmp_path):
     write_images(tmp_path / "images", TRAIN)
-    with pytest.raises(UserError, match=r"holds no labels that are known, COCO's .json, Pascal VOC's .xml or YOLO's"):
+    with pytest.raises(
+        UserError, match=r"holds no labels that are known, COCO's .json, Pascal VOC's .xml or YOLO's"
+    ):
         locate(tmp_path, "train")
     for name in ("one.json", "two.json"):
         write_json(tmp_path / name, coco(TRAIN))
-    with pytest.raises(UserError, match=r"one\.json and .*two\.json: both are of no split; name one, or a \.yaml"):
+    with pytest.raises(
+        UserError, match=r"one\.json and .*two\.json: both are of no split; name one, or a \.yaml"
+    ):
         locate(tmp_path, "train")
     assert same(locate(tmp_path / "two.json", "val", 0.99).read(), dict(list(TRAIN.items()))) is False
     assert locate(tmp_path / "two.json", "train", 0.2).images == tmp_path / "images"
@@ -244,11 +259,15 @@ def edit(file, old, new):
 
 def test_voc_pixels_count_from_1_and_a_click_has_no_area(voc):
     size, objects = TRAIN["photo 000.png"]
-    write_text(voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 0, 0, *size), ("bee", 4, 5, 0, 9)]))
+    write_text(
+        voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 0, 0, *size), ("bee", 4, 5, 0, 9)])
+    )
     content = locate(voc, "train").read()
     boxes = [each["bbox"] for each in content["annotations"] if each["image_id"] == 1]
     assert boxes[0] == [0, 0, *size]  # the whole image, as Detectron2 reads it
-    write_text(voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 3, 4, 1, 5), ("bee", 9, 9, 2, 1)]))
+    write_text(
+        voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 3, 4, 1, 5), ("bee", 9, 9, 2, 1)])
+    )
     boxes = [each["bbox"] for each in locate(voc, "train").read()["annotations"] if each["image_id"] == 1]
     assert [min(box[2:]) for box in boxes] == [0, 0]
     assert len(read_split(voc, "train", num_classes=3, training=True, masks="off").pictures[0].classes) == 2
@@ -277,7 +296,11 @@ def test_difficult_objects_are_ignored_regions(voc):
 
 BAD_XML = [
     ("</annotation>", "", r"photo 001\.xml: no element found"),
-    ("<annotation>", '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation>', "no document type"),
+    (
+        "<annotation>",
+        '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation>',
+        "no document type",
+    ),
     ("<name>bee</name>", "", r"photo 001\.xml:4: object 1 has no <name>"),
     ("<xmin>", "<xmin>x", r"photo 001\.xml:4: object 1 has no <bndbox> of four numbers xmin"),
     ("<ymax>", "<ymax>1e9", "object 1 has no <bndbox>"),
@@ -295,7 +318,7 @@ def test_damaged_xml_is_named(voc, old, new, message):
 
 
 def test_entities_are_never_expanded_in_any_encoding(voc):
-    nine = "".join(f'<!ENTITY e{k} "{"&e%d;" % (k - 1) * 9 if k else "z"}">' for k in range(12))
+    nine = "".join(f'<!ENTITY e{k} "{f"&e{k - 1};" * 9 if k else "z"}">' for k in range(12))
     file = voc / "Annotations/photo 001.xml"
     for encoding in ("utf-8", "utf-16"):
         file.write_text(f"<!DOCTYPE a [{nine}]><annotation>&e11;</annotation>", encoding=encoding)
@@ -316,7 +339,11 @@ def test_voc_lists_and_names(voc):
 def test_an_xml_without_its_image_is_left_out_and_one_of_another_name_is_found(voc):
     shutil.rmtree(voc / "ImageSets")
     (voc / "JPEGImages/photo 001.png").rename(voc / "JPEGImages/renamed.PNG")
-    edit(voc / "Annotations/photo 001.xml", "<filename>photo 001.png", "<filename>C:\\\\pictures\\\\renamed.png")
+    edit(
+        voc / "Annotations/photo 001.xml",
+        "<filename>photo 001.png",
+        "<filename>C:\\\\pictures\\\\renamed.png",
+    )
     (voc / "JPEGImages/photo 002.png").unlink()
     write_image(voc / "JPEGImages/new.png", (8, 8))
     content = locate(voc, "train", 0.2).content()
@@ -325,7 +352,9 @@ def test_an_xml_without_its_image_is_left_out_and_one_of_another_name_is_found(v
         "label files without an image": ["photo 002.xml"],
         "images without a label file": ["new.png"],
     }
-    assert "renamed.PNG" in plain(files) and len(files["images"]) == 8 and content["faults"] == files["faults"]
+    assert (
+        "renamed.PNG" in plain(files) and len(files["images"]) == 8 and content["faults"] == files["faults"]
+    )
 
 
 def test_a_size_that_is_not_said_is_the_images(voc):
@@ -356,7 +385,10 @@ def test_the_same_objects_in_three_formats_are_the_same(tmp_path):
             expected = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             np.testing.assert_allclose(each["segmentation"], expected, atol=1e-6)
         truth = read_truth(locate(tmp_path / "polygons", split))
-        areas = {each["id"]: each["area"] for each in read_truth(locate(tmp_path / "voc", split), masks="off")["annotations"]}
+        areas = {
+            each["id"]: each["area"]
+            for each in read_truth(locate(tmp_path / "voc", split), masks="off")["annotations"]
+        }
         assert {each["id"]: each["area"] for each in truth["annotations"]} == areas
 
 
@@ -403,7 +435,11 @@ BAD_YAML = [
     ("names: [ant, bee, cat]", "names: 3", "names must be a list of names, or numbers and names"),
     ("names: [ant, bee, cat]", "names: {a: ant}", "names must be"),
     ("names: [ant, bee, cat]", "names: [[ant], bee]", "names must be"),
-    ("val: images/val", "val: images/elsewhere", r"data\.yaml: val: 'images/elsewhere' is no folder and no list"),
+    (
+        "val: images/val",
+        "val: images/elsewhere",
+        r"data\.yaml: val: 'images/elsewhere' is no folder and no list",
+    ),
     ("names:", "names: " + "[" * 5000 + "\nnames:", "is no YAML"),
 ]
 
@@ -417,7 +453,9 @@ def test_damaged_descriptions_are_named(yolo, old, new, message):
 
 def test_without_names_it_says_how_to_give_them(tmp_path):
     write_yolo(tmp_path, BOTH)
-    with pytest.raises(UserError, match=r"not the names of its classes: give a classes\.txt with a name a line"):
+    with pytest.raises(
+        UserError, match=r"not the names of its classes: give a classes\.txt with a name a line"
+    ):
         locate(tmp_path, "train")
 
 
@@ -449,7 +487,9 @@ def test_labels_are_read_once_and_again_when_they_change(tmp_path, monkeypatch, 
     first = locate(root, "train").read()
     opened = []
     text, content = Path.read_text, Path.read_bytes
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (opened.append(self), text(self, *a, **k))[1])
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: (opened.append(self), text(self, *a, **k))[1]
+    )
     monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self), content(self))[1])
     again = locate(root, "train").read()
     labels = [file for file in opened if file.parent.name in ("train", "Annotations")]
