@@ -213,7 +213,7 @@ def _of_boxes(split: Split) -> Iterable[Odd]:
     sizes = np.array([split.sizes[image] for _, image, _, _ in split.objects], float)  # [N, 2]
     whose = [f"{split.names[image]} (annotation {each.get('id')})" for each, image, _, _ in split.objects]
 
-    def of(chosen: np.ndarray) -> list[str]:
+    def of(chosen: Any) -> list[str]:
         return [whose[i] for i in np.flatnonzero(chosen)]
 
     far, said = boxes[:, :2] + boxes[:, 2:], sizes.min(axis=1) > 0
@@ -232,8 +232,8 @@ def _of_boxes(split: Split) -> Iterable[Odd]:
     corners = np.concatenate([boxes[:, :2], far], axis=1)
     may = DIFFERS_PX + DIFFERS_SHARE * boxes[:, 2:].max(axis=1)
     yield Odd(DISAGREE, split.name, of(np.abs(corners - masks).max(axis=1) > may))
-    same = Counter((image, category, *box) for _, image, category, box in split.objects)
-    twice = [split.names[key[0]] for key, n in same.items() if n > 1]
+    same = Counter((image, category, tuple(box)) for _, image, category, box in split.objects)
+    twice = [split.names[image] for (image, *_), n in same.items() if n > 1]
     yield Odd("objects that stand twice, with the same box", split.name, twice)
 
 

@@ -9,6 +9,7 @@ with 2 where it would refuse; the last lines say why.
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,7 +46,7 @@ def first_line(report: Report) -> str:
     return in_words((split.name, split.files, len(split.names)) for split in report.splits)
 
 
-def pictures(report: Report, count: int) -> list[dict[str, object]]:
+def pictures(report: Report, count: int) -> list[dict[str, Any]]:
     """``count`` images of all splits, evenly, and the first with an odd box of each kind; drawn."""
     having = [
         (split, id)
@@ -63,7 +64,7 @@ def pictures(report: Report, count: int) -> list[dict[str, object]]:
         if "boxes" in each.what
     }
     first = [(split, id) for split, id in having if (split.name, split.names[id]) in odd]
-    drawn = []
+    drawn = list[dict[str, Any]]()
     for split, id in dict.fromkeys((s.name, i) for s, i in [*first[:count], *chosen]):
         own = next(each for each in report.splits if each.name == split)
         png = picture(own, id)

@@ -9,6 +9,7 @@ images), the run's last checkpoint makes them.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
-    how = dict(num_classes=None, training=False, val_share=share_of(options.run))
+    how = dict[str, Any](num_classes=None, training=False, val_share=share_of(options.run))
     split = read_split(options.data, options.split, **how)
     pictures = choose(split, max(options.count, 1), options.images)
     evaluated = options.split == "val"

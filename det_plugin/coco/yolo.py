@@ -142,7 +142,7 @@ def find(root: Path) -> Found | None:
         bases += [at for at in (folder / path, Path(path)) if at.is_dir() and at not in bases]
     entries = dict[str, list[Path]]()
     for split, keys in SPLITS.items():
-        value = next((told[key] for key in keys if told.get(key)), [])
+        value: Any = next((told[key] for key in keys if told.get(key)), [])
         paths = value if isinstance(value, list) else [value]
         try:
             entries[split] = [_here(str(path), bases, f"data: {file}: {split}") for path in paths]
