@@ -75,9 +75,9 @@ def stem_of(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def listed(folder: Path) -> dict[str, Stamp]:
-    """The files in a folder and below, by their paths from there, sorted; hidden ones are left out. Links to
-    folders are followed, each real folder once."""
+def listed(folder: str | Path, deep: bool = True) -> dict[str, Stamp]:
+    """The files in a folder and (``deep``) below, by their paths from there, sorted; hidden ones are left out.
+    Links to folders are followed, each real folder once."""
     found, waiting, seen = dict[str, Stamp](), [("", os.path.realpath(folder))], set[str]()
     while waiting:
         inside, at = waiting.pop()
@@ -89,7 +89,8 @@ def listed(folder: Path) -> dict[str, Stamp]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append((f"{inside}{entry.name}/", os.path.realpath(entry.path)))
+                    if deep:
+                        waiting.append((f"{inside}{entry.name}/", os.path.realpath(entry.path)))
                 elif entry.is_file():
                     status = entry.stat()
                     found[inside + entry.name] = status.st_mtime_ns, status.st_size
@@ -130,17 +131,14 @@ def misread(boxes: np.ndarray, sizes: np.ndarray) -> str:
     return ""
 
 
-_KEPT: dict[Hashable, tuple[int, dict[str, bytes]]] = {}
+_KEPT: dict[Hashable, dict[str, bytes]] = {}
 
 
-def read_once(
-    key: Hashable, stamp: Hashable, split: str, read: Callable[[], Mapping[str, Content]]
-) -> Content:
-    """The content of a split, as what ``read`` gives for all of them. It reads again only if ``stamp`` is another
-    one: a start asks for the labels several times. Each call gives another copy."""
-    stamp = hash(stamp)
-    if key not in _KEPT or _KEPT[key][0] != stamp:
+def read_once(key: Hashable, split: str, read: Callable[[], Mapping[str, Content]]) -> Content:
+    """The content of a split, of what ``read`` gives for all of them; a new copy each time. A start asks for the
+    labels several times, and reads them once; those of another key are forgotten."""
+    if key not in _KEPT:
         _KEPT.clear()
-        _KEPT[key] = stamp, {name: pickle.dumps(content, -1) for name, content in read().items()}
-    content: Content = pickle.loads(_KEPT[key][1][split])
+        _KEPT[key] = {name: pickle.dumps(content, -1) for name, content in read().items()}
+    content: Content = pickle.loads(_KEPT[key][split])
     return content

@@ -307,16 +307,19 @@ def _described(root: Path) -> dict[str, CocoFiles]:
 
 
 def _of_voc(root: Path) -> dict[str, CocoFiles]:
+    parts = voc.find(root)
+    stamp = voc.stamp_of(parts)
     return {
-        split: CocoFiles(part.file, part.images, "Pascal VOC", partial(voc.read, root, split))
-        for split, part in voc.find(root).items()
+        split: CocoFiles(part.file, part.images, "Pascal VOC", partial(voc.read, root, split, stamp))
+        for split, part in parts.items()
     }
 
 
 def _of_yolo(root: Path) -> dict[str, CocoFiles]:
     found = yolo.find(root)
+    stamp = yolo.stamp_of(found) if found else 0
     return {
-        split: CocoFiles(part.file, part.images, "YOLO", partial(yolo.read, root, split))
+        split: CocoFiles(part.file, part.images, "YOLO", partial(yolo.read, root, split, stamp))
         for split, part in (found.parts if found else {}).items()
     }
 

@@ -75,13 +75,15 @@ def find(root: Path) -> dict[str, Part]:
     return _listed_splits(root, whole) or _split_below(whole) or {"all": whole}
 
 
-def read(root: Path, split: str) -> Content:
-    """COCO content of a split of :func:`find`."""
-    parts = find(root)
-    stamp = tuple(
-        (name, *part.absent, *part.xmls.items(), *part.pictures.items()) for name, part in parts.items()
-    )
-    return read_once(("voc", root), stamp, split, lambda: _read(parts))
+def stamp_of(parts: dict[str, Part]) -> int:
+    """A number that is another one when a file is."""
+    every = ((name, *part.absent, *part.xmls.items(), *part.pictures.items()) for name, part in parts.items())
+    return hash(tuple(every))
+
+
+def read(root: Path, split: str, stamp: int) -> Content:
+    """COCO content of a split of :func:`find`, whose stamp it was."""
+    return read_once(("voc", root, stamp), split, lambda: _read(find(root)))
 
 
 def _pair(folder: Path) -> Part | None:
@@ -89,7 +91,7 @@ def _pair(folder: Path) -> Part | None:
     at = sub_folder(folder, XML_FOLDERS)
     xmls = _xmls(at) if at else {}
     if not at or not xmls:
-        at, xmls = folder, {name: stamp for name, stamp in _xmls(folder).items() if "/" not in name}
+        at, xmls = folder, _xmls(folder, deep=False)
     if not xmls or not _is_voc(at / next(iter(xmls))):
         return None
     images = sub_folder(folder, IMAGE_FOLDERS) or folder
@@ -97,8 +99,8 @@ def _pair(folder: Path) -> Part | None:
     return Part(at, images, xmls, pictures, at)
 
 
-def _xmls(folder: Path) -> dict[str, Stamp]:
-    return {name: stamp for name, stamp in listed(folder).items() if name.lower().endswith(".xml")}
+def _xmls(folder: Path, deep: bool = True) -> dict[str, Stamp]:
+    return {name: stamp for name, stamp in listed(folder, deep).items() if name.lower().endswith(".xml")}
 
 
 def _is_voc(file: Path) -> bool:
@@ -230,12 +232,15 @@ def _object(element: Element) -> tuple[str, list[float], int]:
     Raises:
         ValueError: one is missing or no such; says which.
     """
-    name, flag = (element.findtext("name") or "").strip(), (element.findtext("difficult") or "").strip()
+    texts = {child.tag: (child.text or "").strip() for child in element}
+    name, flag = texts.get("name"), texts.get("difficult", "")
     if not name:
         raise ValueError("no <name>")
     if flag.lower() not in FLAG:
         raise ValueError(f"the <difficult> {shown(flag)}, not 0 or 1")
-    told = [element.findtext(f"bndbox/{corner}", "") for corner in CORNERS]
+    at = element.find("bndbox")
+    box = {} if at is None else {child.tag: child.text or "" for child in at}
+    told = [box.get(corner, "") for corner in CORNERS]
     try:
         x0, y0, x1, y1 = corners = [float(value) for value in told]
         if not all(math.isfinite(value) and abs(value) <= FARTHEST_PX for value in corners):

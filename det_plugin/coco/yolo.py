@@ -30,6 +30,7 @@ from det_plugin.coco.content import (
     Content,
     Stamp,
     is_image,
+    listed,
     read_once,
     split_folders,
     stem_of,
@@ -59,14 +60,14 @@ class Part:
     Attributes:
         file: the folder or the list that says which they are.
         images: the folder that their names are relative to.
-        pictures: {name below it: (its stamp, its label file, the stamp of that)}.
+        pictures: {name below it: (its stamp, its label file or "", the stamp of that)}.
         absent: lines of a list that name no image.
         alone: label files in these folders that belong to no image.
     """
 
     file: Path
     images: Path
-    pictures: dict[str, tuple[Stamp, Path | None, Stamp]]
+    pictures: dict[str, tuple[Stamp, str, Stamp]]
     absent: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
 
@@ -182,21 +183,25 @@ def _by_folders(root: Path) -> Found | None:
     return Found(root, _names(_lines(file), file), _with_alone(parts, labels))
 
 
-def read(root: Path, split: str) -> Content:
-    """COCO content of a split of :func:`find`."""
-    found = find(root)
-    assert found is not None
-    stamp = tuple(
+def stamp_of(found: Found) -> int:
+    """A number that is another one when a file is."""
+    every = (
         (name, part.images, *part.absent, *part.alone, *part.pictures.items())
         for name, part in found.parts.items()
     )
-    names = found.names
-    return read_once(
-        ("yolo", root),
-        (stamp, *names.items()),
-        split,
-        lambda: {each: _content(part, names, _has_points(found.file)) for each, part in found.parts.items()},
-    )
+    return hash((found.file, *found.names.items(), *every))
+
+
+def read(root: Path, split: str, stamp: int) -> Content:
+    """COCO content of a split of :func:`find`, whose stamp it was."""
+
+    def read_all() -> dict[str, Content]:
+        found = find(root)
+        assert found is not None, root
+        has_points = _has_points(found.file)
+        return {name: _content(part, found.names, has_points) for name, part in found.parts.items()}
+
+    return read_once(("yolo", root, stamp), split, read_all)
 
 
 def _has_points(file: Path) -> bool:
@@ -239,14 +244,7 @@ class _Folders:
     def files(self, folder: str) -> dict[str, Stamp]:
         """Of a folder, not of those below."""
         if folder not in self.listings:
-            own = dict[str, Stamp]()
-            if os.path.isdir(folder):
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if not entry.name.startswith(".") and entry.is_file():
-                            status = entry.stat()
-                            own[entry.name] = status.st_mtime_ns, status.st_size
-            self.listings[folder] = own
+            self.listings[folder] = listed(folder, deep=False) if os.path.isdir(folder) else {}
         return self.listings[folder]
 
     def labels_of(self, folder: str, base: str) -> str:
@@ -258,21 +256,20 @@ class _Folders:
             self.label_folders[folder] = other if last >= 0 and os.path.isdir(other) else folder
         return self.label_folders[folder]
 
-    def label(self, folder: str, name: str, base: str) -> tuple[Path | None, Stamp]:
-        """The label file of an image."""
-        at, own = self.labels_of(folder, base), f"{stem_of(name)}.txt"
-        stamp = self.files(at).get(own)
+    def label(self, folder: str, name: str, base: str) -> tuple[str, Stamp]:
+        """The label file of an image, empty if there is none."""
+        at = self.labels_of(folder, base)
+        path, stamp = f"{at}/{(own := stem_of(name) + '.txt')}", self.files(at).get(own)
         if stamp is None:
-            return None, (0, 0)
-        path = os.path.join(at, own)
+            return "", (0, 0)
         self.used.add(path)
-        return Path(path), stamp
+        return path, stamp
 
     def alone(self) -> Iterator[str]:
         """Label files that no image has."""
         for folder in sorted(set(self.label_folders.values())):
             for name in sorted(self.files(folder)):
-                path = os.path.join(folder, name)
+                path = f"{folder}/{name}"
                 if name.endswith(".txt") and path not in self.used and name not in NAME_FILES:
                     if "readme" not in name.lower() and stem_of(name) not in (
                         "train",
@@ -302,11 +299,15 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
     if len(folders) > 1 or not entries[0].is_dir():
         folders = [str(bases[0]), *sorted({os.path.dirname(path) for path in paths})]
     images, found = os.path.commonpath([os.path.abspath(at) for at in folders]), {}
+    places = dict[str, tuple[str, str]]()  # of a folder: the base, and its path below the folder of images
     for path in paths:
         folder, name = os.path.split(path)
-        base = next((str(base) for base in bases if Path(folder).is_relative_to(base)), images)
-        inside = os.path.relpath(path, images).replace(os.sep, "/")
-        found[inside] = (labels.files(folder).get(name, (0, 0)), *labels.label(folder, name, base))
+        if folder not in places:
+            base = next((str(base) for base in bases if Path(folder).is_relative_to(base)), images)
+            inside = os.path.relpath(folder, images).replace(os.sep, "/")
+            places[folder] = base, "" if inside == "." else f"{inside}/"
+        base, inside = places[folder]
+        found[inside + name] = (labels.files(folder).get(name, (0, 0)), *labels.label(folder, name, base))
     return Part(entries[0], Path(images), dict(sorted(found.items())), absent)
 
 
@@ -362,7 +363,7 @@ def _content(part: Part, names: Mapping[int, str], has_points: bool) -> Content:
     for (image_id, (name, (_, label, _))), size in zip(enumerate(part.pictures.items(), 1), sizes):
         width, height = size or (1, 1)  # an unreadable image is named when it is opened
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        if label is None:
+        if not label:
             faults[UNLABELED].append(name)
             continue
         for number, line in _numbered(label, faults):
@@ -387,10 +388,10 @@ def _content(part: Part, names: Mapping[int, str], has_points: bool) -> Content:
     return {"images": images, "annotations": annotations, "categories": categories, "faults": kept}
 
 
-def _numbered(file: Path, faults: dict[str, list[str]]) -> list[tuple[int, str]]:
+def _numbered(file: str, faults: dict[str, list[str]]) -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers."""
     try:
-        text = file.read_text("utf-8-sig")
+        text = Path(file).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         faults[DAMAGED].append(f"{file}: {getattr(error, 'strerror', None) or 'no text in UTF-8'}")
         return []
