@@ -67,7 +67,9 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         records.append(record(["method", "changed", *SCORE_KEYS, "seeds"], row))
     heads = (f"changed from {reference!r}", *metrics.values(), "box AP against it")
     texts = _notes(rows, reference, notes)
-    return Table.of(title, ("source", "method", *heads, "seeds"), [lines], texts, range(3, 4 + len(metrics)), records)
+    return Table.of(
+        title, ("source", "method", *heads, "seeds"), [lines], texts, range(3, 4 + len(metrics)), records
+    )
 
 
 def changes(base: Protocol, other: Protocol) -> str:
