@@ -92,7 +92,7 @@ def test_where_no_object_has_a_mask_boxes_alone_are_learned(pristine, boxes, roo
 def test_boxes_alone_are_the_annotated_ones(pristine, boxes, root):
     """Whatever the masks are: they are not read."""
     edit(annotation_file(root, "train"), lambda c: [a.update(segmentation="junk") for a in c["annotations"]])
-    known = [a for a in json.loads(annotation_file(root, "train").read_text())["annotations"]]
+    known = json.loads(annotation_file(root, "train").read_text())["annotations"]
     for data in (boxes, root):
         split = read(data, masks="off")
         assert ids(split) == ids(read(pristine)) == [1, 2, 3, 4, 5]
