@@ -20,7 +20,7 @@ from det_plugin.augment import boxes_of_objects, jitter
 from det_plugin.coco.annotations import Data
 from det_plugin.coco.masks import coco_api
 from det_plugin.coco.metrics import coco_metrics, in_words
-from det_plugin.figures import draw_page
+from det_plugin.figures import GAP_PX, HEADER_PX, SIDE_PX, color_of, draw_page
 from det_plugin.predict import load_detector
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
@@ -502,6 +502,11 @@ def test_pictures_of_boxes_alone_show_boxes(boxes, tmp_path):
     assert (
         pages[0].shape == pages[1].shape and 0.001 < (pages[0] != pages[1]).mean() < 0.05
     )  # lines and labels
+    picture, scale = split.pictures[0], SIDE_PX / 96
+    for kind, (x0, y0, x1, y1) in zip(picture.classes, picture.boxes):
+        for x, y in ((x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2), ((x0 + x1) / 2, y1)):
+            place = round(scale * y) + GAP_PX + HEADER_PX, round(scale * x) + GAP_PX
+            assert pages[1][place][::-1].tolist() == list(color_of(kind))
     other = read(boxes, "val", False)  # as a run with masks reads it: the boxes are drawn all the same
     assert other.pictures[0].segmentations == ([], [])
     file = draw_page(other, list(other.pictures), [], tmp_path / "other.png")
