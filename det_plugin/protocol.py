@@ -58,7 +58,7 @@ class DetectionProtocol(Settings):
         "ignored", "COCO's rule; or annotations with iscrowd 1 count"
     )
     masks: Literal["auto", "on", "off"] = ours(
-        "auto", "off: boxes alone; on: objects without a mask are left out; auto: these are an error"
+        "auto", "off: boxes alone; on: objects without a mask teach boxes alone; auto: these are an error"
     )
     keep_empty: bool = theirs(False, "training images without annotations are negatives, else left out")
     val_share: float = ours(0.0, "of the images, for validation, where the data have one split", ge=0, lt=1)

@@ -379,10 +379,10 @@ def detectron2_names(state):
 
 
 @needs_detectron2
-@pytest.mark.parametrize("masks", ["auto", "off"])
+@pytest.mark.parametrize("masks", ["auto", "on", "off"])
 def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
-    """Both engines, the same weights, images and random numbers: the same of everything, with and without
-    masks, an image without objects among the others."""
+    """Both engines, the same weights, images and random numbers: the same of everything, with masks, with
+    masks of some objects, and without, an image without objects among the others."""
     from detectron2.config import instantiate
     from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
@@ -397,6 +397,8 @@ def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
     recipe = with_overrides(SMALL, {"masks": masks})
     if masks == "off":
         targets = [{key: target[key] for key in ("boxes", "labels")} for target in targets]
+    if masks == "on":
+        targets[1] = {**targets[1], "has_mask": torch.tensor([True, False])}
     ours = detector(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -411,6 +413,8 @@ def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
             objects.gt_masks = (
                 PolygonMasks(own.objects) if isinstance(own, Polygons) else BitMasks(own.bool())
             )
+        if "has_mask" in target:
+            objects.gt_has_mask = target["has_mask"]
         inputs.append(dict(image=image, instances=objects, height=image.shape[1], width=image.shape[2]))
 
     torch.manual_seed(3)
@@ -419,8 +423,12 @@ def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
     with EventStorage():
         expected = theirs.train()(inputs)
     assert found.keys() == expected.keys() and all(value > 0 for value in found.values())
-    assert ("loss_mask" in found) == (masks == "auto") and len(found) == 4 + (masks == "auto")
+    assert ("loss_mask" in found) == (masks != "off") and len(found) == 4 + (masks != "off")
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    if masks == "on":
+        torch.manual_seed(3)
+        every = ours(images, [{key: t[key] for key in ("boxes", "labels", "masks")} for t in targets])
+        assert {name for name in found if found[name] != every[name]} == {"loss_mask"}
     sum(found.values()).backward()
     sum(expected.values()).backward()
     gradients = detectron2_names({name: p.grad for name, p in ours.named_parameters()})
@@ -435,7 +443,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
         torch.testing.assert_close(detection["boxes"], reference.pred_boxes.tensor, atol=1e-3, rtol=1e-5)
         torch.testing.assert_close(detection["scores"], reference.scores, atol=1e-6, rtol=1e-5)
         assert torch.equal(detection["labels"] - 1, reference.pred_classes)
-        if masks == "auto":
+        if masks != "off":
             assert detection["masks"].shape == (100, 1, 28, 28)
         else:
             assert detection.keys() == {"boxes", "scores", "labels"} and not reference.has("pred_masks")

@@ -15,9 +15,9 @@ What is allowed, and how it is used:
   filled in. An ``area`` that is no number from 0 to :data:`LARGEST_PX` is replaced by the mask's, or without
   a mask the box's, and that is said; line breaks and the like in a category's name become spaces.
 
-Objects with a box alone: with ``masks="off"`` boxes are all that is read of any object. With ``on`` the objects
-without a mask are left out of training; evaluation finds them as boxes, and takes them for ignored regions
-where it counts masks. With ``auto`` they are an error in training.
+Objects with a box alone: with ``masks="off"`` boxes are all that is read of any object. With ``on`` they teach
+boxes and no mask; with ``auto`` they are an error in training. Evaluation counts their boxes, which are ignored
+regions where it counts masks.
 
 With ``crowds="objects"``, annotations with ``iscrowd`` 1 are objects like others: CVAT marks every mask so.
 
@@ -75,6 +75,8 @@ class Picture:
     classes: tuple[int, ...] = ()  # contiguous, from 0
     segmentations: tuple[Segmentation, ...] = ()  # empty ones where only boxes are read
     boxes: tuple[tuple[float, ...], ...] = ()  # x0, y0, x1, y1 in pixels, as annotated
+    # Empty: all. In training an object without a mask has its box as polygon, which teaches no mask.
+    masked: tuple[bool, ...] = ()
 
 
 class PackedList(Sequence[Picture]):
@@ -347,7 +349,7 @@ def _pictures(
         ValueError: an entry is damaged; objects that training needs have no mask.
     """
     _check_ids("image", content["images"])
-    objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...]]]] = {}
+    objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...], bool]]] = {}
     boxes, around = list[tuple[float, ...]](), list[tuple[int, int]]()
     sizes, annotated, n_objects, boxes_alone = {}, set[int](), 0, list[int]()
     for image in content["images"]:
@@ -372,21 +374,28 @@ def _pictures(
         if annotation["iscrowd"]:
             continue
         n_objects += min(width, height) > 0
-        if masks != "off" and _has_box_alone(annotation):
+        box = x, y, x + width, y + height
+        if is_alone := masks != "off" and _has_box_alone(annotation):
             boxes_alone.append(annotation["id"])
+            segmentation = [box_polygon(box)] if training else []
         if not training or (min(width, height) > 0 and (segmentation or masks == "off")):
-            box = (x, y, x + width, y + height)
-            objects[image_id].append((class_of[category], segmentation, box))
+            objects[image_id].append((class_of[category], segmentation, box, not is_alone))
     if wrong := misread(np.array(boxes, float).reshape(-1, 4), np.array(around, float).reshape(-1, 2)):
         raise ValueError(wrong)
     notes = _of_boxes_alone(boxes_alone, n_objects, training, masks)
     notes += _of_empty(objects, annotated, training, keep_empty)
     pictures = [
-        Picture(id, _file_name(image), *sizes[id], *(zip(*objects[id]) if objects[id] else ()))
+        _picture(image, sizes[id], objects[id])
         for image in content["images"]
         if objects[id := image["id"]] or not training or (keep_empty and id not in annotated)
     ]
     return pictures, notes
+
+
+def _picture(image: Mapping[str, Any], size: tuple[int, int], objects: Sequence[tuple[Any, ...]]) -> Picture:
+    classes, segmentations, boxes, masked = zip(*objects) if objects else ((), (), (), ())
+    who = image["id"], _file_name(image)
+    return Picture(*who, *size, classes, segmentations, boxes, () if all(masked) else masked)
 
 
 def _of_boxes_alone(ids: Sequence[int], n_objects: int, training: bool, masks: str) -> tuple[str, ...]:
@@ -398,11 +407,9 @@ def _of_boxes_alone(ids: Sequence[int], n_objects: int, training: bool, masks: s
     if training and len(ids) == n_objects:
         raise ValueError(f"none of {n_objects} objects has a mask ('segmentation'); {alone}")
     if training and masks == "auto":
-        raise ValueError(
-            f"{told}; {alone}, masks=on learns masks and leaves those without one out of training"
-        )
+        raise ValueError(f"{told}; {alone} and no mask, masks=on learns the boxes of all and these masks")
     if training:
-        return (f"{told}: left out of training (masks=on); {alone}",)
+        return (f"{told}: they teach boxes alone",)
     return (f"{told}: they count as boxes, and are ignored regions where masks are counted",)
 
 
@@ -423,6 +430,12 @@ def _of_empty(
         what = "images have only objects that cannot be learned (crowds, without extent or mask)"
         notes.append(f"{n_useless} of {n_images} {what}: left out of training")
     return tuple(notes)
+
+
+def box_polygon(box: Sequence[float]) -> list[float]:
+    """The corners of x0, y0, x1, y1."""
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
 def _has_box_alone(annotation: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from det_plugin.coco.annotations import CocoSplit, read_truth
+from det_plugin.coco.annotations import CocoSplit, box_polygon, read_truth
 from det_plugin.coco.layout import CocoFiles
 from det_plugin.coco.masks import coco_api
 from det_plugin.protocol import DetectionProtocol
@@ -67,7 +67,7 @@ def _of_masks(content: dict[str, Any]) -> dict[str, Any] | None:
     for a, is_alone in zip(annotations, alone):
         if is_alone:
             x, y, w, h = a["bbox"]
-            a = {**a, "iscrowd": 1, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+            a = {**a, "iscrowd": 1, "segmentation": [box_polygon((x, y, x + w, y + h))]}
         changed.append(a)
     return {**content, "annotations": changed}
 

@@ -72,7 +72,8 @@ def train_images(root: str | Path | None, num_classes: int, share: float, **read
 
 def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
     objects = []
-    for k, segmentation in zip(picture.classes, picture.segmentations):
+    masked = picture.masked or [True] * len(picture.classes)
+    for k, segmentation, has_mask in zip(picture.classes, picture.segmentations, masked):
         if isinstance(segmentation, dict):
             segmentation = as_rle(segmentation, picture.height, picture.width)
         else:
@@ -80,6 +81,8 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
         if segmentation:
             shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
             objects.append({"category_id": k, "iscrowd": 0, **shape})
+            if picture.masked:
+                objects[-1]["has_mask"] = has_mask
     return _picture_dict(split, picture, objects)
 
 
@@ -158,4 +161,15 @@ class CocoMapper(DatasetMapper):
             return
         has_rle = any(isinstance(a.get("segmentation"), dict) for a in annotations)
         self.instance_mask_format = "bitmask" if has_rle else "polygon"
+        has_mask = [a.pop("has_mask", True) for a in annotations]
+        if all(has_mask):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        kinds = [a["category_id"] for a in annotations]
+        for number, own in enumerate(annotations):  # says which of them stay
+            own["category_id"] = number
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+        instances = dataset_dict["instances"]
+        stayed = instances.gt_classes
+        instances.gt_classes = torch.tensor(kinds)[stayed]
+        instances.gt_has_mask = torch.tensor(has_mask)[stayed]

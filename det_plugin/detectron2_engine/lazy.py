@@ -33,7 +33,13 @@ from omegaconf import DictConfig
 
 from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts
 from det_plugin.detectron2_engine.loader import TrainLoader
-from det_plugin.detectron2_engine.model import FEATURE, BFloat16RCNN, PaddedPyramid, RegistryBackbone
+from det_plugin.detectron2_engine.model import (
+    FEATURE,
+    BFloat16RCNN,
+    MixedROIHeads,
+    PaddedPyramid,
+    RegistryBackbone,
+)
 from det_plugin.detectron2_engine.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, deviations, protocol
@@ -153,7 +159,7 @@ def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> D
 
 def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
     pooler = dict(scales=[1 / stride for stride in strides], sampling_ratio=0, pooler_type="ROIAlignV2")
-    heads = L(StandardROIHeads)(
+    heads = L(MixedROIHeads if p.masks == "on" else StandardROIHeads)(
         num_classes=p.num_classes,
         batch_size_per_image=p.roi_batch_per_image,
         positive_fraction=p.roi_positive_fraction,

@@ -137,7 +137,7 @@ class DetectionHeads(RoIHeads):
             features: the pyramid's maps; the last, max-pooled level is not used.
             proposals, image_shapes: [R_i, 4] pixels; (height, width) without padding.
             targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, for a mask head ``masks``, [M, h, w]
-                uint8 or :class:`masks.Polygons`.
+                uint8 or :class:`masks.Polygons`, and perhaps ``has_mask`` [M] bool: which of them teach.
 
         Returns:
             ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], of a mask head ``masks`` [N, 1, s, s]
@@ -190,6 +190,9 @@ class DetectionHeads(RoIHeads):
             return losses
 
         objects = [torch.where(label > 0)[0] for label in labels]
+        for i, target in enumerate(targets):
+            if "has_mask" in target:
+                objects[i] = objects[i][target["has_mask"][matched[i][objects[i]]]]
         boxes = [proposal[o] for proposal, o in zip(proposals, objects)]
         mask_logits = self.mask_head(self.mask_roi_pool(maps, boxes))
         wanted = [

@@ -16,7 +16,8 @@ from det_plugin.protocol import DetectionProtocol
 
 class TrainSamples(Dataset[Sample]):
     """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and of
-    a protocol with masks ``masks``: :class:`det_plugin.coco.masks.Polygons` or [M, h, w]."""
+    a protocol with masks ``masks``: :class:`det_plugin.coco.masks.Polygons` or [M, h, w], and where an object
+    of the image has none ``has_mask`` [M]."""
 
     def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
         self.split, self.protocol, self.seed = split, protocol, seed
@@ -31,7 +32,11 @@ class TrainSamples(Dataset[Sample]):
         geometry = jitter((picture.width, picture.height), self.protocol, rng)
         own: dict[str, Any] = {}
         if self.protocol.has_masks:
-            boxes, classes, own["masks"] = objects_of(geometry, picture.classes, picture.segmentations)
+            every = range(len(picture.classes))
+            boxes, kept, own["masks"] = objects_of(geometry, every, picture.segmentations)
+            classes = np.asarray(picture.classes, np.int64)[kept]
+            if picture.masked:
+                own["has_mask"] = torch.from_numpy(np.asarray(picture.masked)[kept])
         else:
             boxes, classes = boxes_of_objects(geometry, picture.classes, picture.boxes)
         return {
@@ -61,5 +66,5 @@ def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor]
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
     images = [move(sample["image"]) for sample in samples]
-    keys = ("boxes", "labels", "masks")
+    keys = ("boxes", "labels", "masks", "has_mask")
     return images, [{key: move(own[key]) for key in keys if key in own} for own in samples]
