@@ -106,8 +106,19 @@ def check(data: Path, crowds: str = "ignored", val_share: float = 0.0) -> Report
     if has_one_split(data) and not val_share:
         notes.append(f"there is one split alone: {ONE_SPLIT} (done so below)")
         val_share = TRIED_SHARE
+    notes += _of_wrong_boxes(found, odd)
     refused, said = _tried(data, crowds, val_share)
     return Report(data, found, [each for each in odd if each.names], refused, notes + said)
+
+
+def _of_wrong_boxes(found: Sequence[Split], odd: Sequence[Odd]) -> list[str]:
+    """A warning where most boxes are not their masks'."""
+    wrong = sum(len(each.names) for each in odd if each.what == DISAGREE)
+    total = sum(bool(each.get("segmentation")) for split in found for each, *_ in split.objects)
+    if wrong <= total / 2:
+        return []
+    told = f"{wrong} of {total} boxes are not their masks'"
+    return [f"warning: {told}, so box AP will mean little; write each bbox anew from its segmentation"]
 
 
 def _tried(data: Path, crowds: str, val_share: float) -> tuple[str, list[str]]:

@@ -89,7 +89,7 @@ def test_an_export_is_evaluated_on_valid_then_val_then_test(root):
 def test_missing_files_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no file .*nowhere and no folder"):
         locate(tmp_path / "nowhere", "train")
-    (root / "train2017").rename(root / "elsewhere")
+    (root / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(
         UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"
     ):

@@ -255,6 +255,14 @@ def test_faults_of_yolo(tmp_path):
     assert "photo 001.txt:4" in report.refused
 
 
+def test_boxes_that_are_mostly_wrong_are_warned_of(root):
+    of_first(bbox=[1, 1, 6, 6])(root)
+    assert not any("box AP" in note for note in check(root).notes)
+    of_all(lambda annotation: annotation.update(bbox=[1, 1, 6, 6]))(root)
+    (note,) = (note for note in check(root).notes if "box AP" in note)
+    assert note.startswith("warning: 12 of 18 boxes are not their masks'")
+
+
 def test_one_split_is_tried_divided(tmp_path, capsys):
     write_images(tmp_path / "images", TRAIN)
     write_json(tmp_path / "result.json", coco(TRAIN))

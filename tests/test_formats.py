@@ -103,6 +103,19 @@ def coco_between(root):
         write_json(root / f"annotations/instances_{split}2017.json", coco(images))
 
 
+def coco_by_cvat(root):
+    """Its subsets begin with a capital."""
+    for split, name in (("train", "Train"), ("val", "Validation")):
+        write_images(root / "images" / name, BOTH[split])
+        write_json(root / f"annotations/instances_{name}.json", coco(BOTH[split]))
+
+
+def coco_in_folders(root):
+    for split, name in (("train", "train"), ("val", "valid")):
+        write_images(root / name / "data", BOTH[split])
+        write_json(root / name / "labels.json", coco(BOTH[split]))
+
+
 def coco_flat(root):
     """All images in one folder, and the files say which is whose."""
     for split, images in BOTH.items():
@@ -129,6 +142,8 @@ LAYOUTS = {
     "yolo without a yaml": without_yaml,
     "coco with images between": coco_between,
     "coco flat": coco_flat,
+    "coco by cvat": coco_by_cvat,
+    "coco in folders": coco_in_folders,
 }
 
 

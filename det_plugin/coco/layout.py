@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from det_plugin.coco import voc, yolo
-from det_plugin.coco.content import FATAL, SPLIT_NAMES, Content, Stamp
+from det_plugin.coco.content import FATAL, SPLIT_NAMES, Content, Stamp, split_folders
 from det_plugin.coco.share import divided
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
@@ -162,7 +162,7 @@ def splits(data: Path, deep: int = 0) -> dict[str, CocoFiles]:
         raise UserError(f"data: no file {data} and no folder of that name")
     found = _laid_out(data) or _described(data) or _of_voc(data) or _of_yolo(data)
     found = found or _of_json(_json_files(data), data)
-    inner = [at for at in data.iterdir() if at.is_dir() and not at.name.startswith(".")]
+    inner = [at for at in data.iterdir() if at.is_dir() and not at.name.startswith((".", "__"))]
     if not found and len(inner) == 1 and deep < DEEPEST:  # VOCdevkit/VOC2012
         return splits(inner[0], deep + 1)
     if not found:
@@ -204,8 +204,9 @@ def _laid_out(root: Path) -> dict[str, CocoFiles]:
 
 
 def _json_files(root: Path) -> list[Path]:
+    """In the folder, in one of annotations, and in folders of splits."""
     places = [root, *(at for name in ("annotations", "annotation", "labels") if (at := root / name).is_dir())]
-    files = [file for at in places for file in sorted(at.glob("*.json"))]
+    files = [file for at in [*places, *split_folders(root).values()] for file in sorted(at.glob("*.json"))]
     return [file for file in files if not file.name.startswith(NO_INSTANCES)]
 
 
@@ -220,7 +221,7 @@ def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles
         if root is None and _first_names(file) is None:
             read_json(file)  # says what it is not
         if _first_names(file) is not None:
-            split = _split_of(file) if len(files) > 1 else "all"
+            split = _split_of(file, root) if len(files) > 1 else "all"
             if split in found:
                 told = f"both are {'of no' if split == 'all' else f'the {split}'} split"
                 raise UserError(
@@ -234,9 +235,13 @@ def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles
     return found
 
 
-def _split_of(file: Path) -> str:
-    words = re.split(r"[^a-z]+", file.stem.lower())
-    return next((split for split, names in SPLIT_NAMES.items() if {*names} & {*words}), "all")
+def _split_of(file: Path, root: Path | None) -> str:
+    """By the words of its name, or else of its folder's below the root."""
+    for name in (file.stem, "" if file.parent == root else file.parent.name):
+        words = {*re.split(r"[^a-z]+", name.lower())}
+        if found := [split for split, names in SPLIT_NAMES.items() if words & {*names}]:
+            return found[0]
+    return "all"
 
 
 def _first_names(file: Path) -> list[str] | None:
@@ -259,17 +264,26 @@ def _with_images(file: Path, root: Path, split: str, otherwise: Path | None) -> 
     """A COCO file with the first folder that holds its images, by name or, where the names are another machine's,
     by their last parts."""
     names = _first_names(file) or []
-    own = (split, f"{split}2017", *SPLIT_NAMES.get(split, ()), "default", "")
-    folders = [file.parent, *(at / name for at in (root / "images", root) for name in own), root / "data"]
-    if file.parent != root and root.is_dir():
-        folders.append(file.parent.parent)
-    there = [at for at in dict.fromkeys(folders) if at.is_dir()]
+    there = dict.fromkeys(at for at in _image_folders(file, root, split) if at.is_dir())
     for mended in (False, True):
         for at in there:
             if any(_is_inside(at, _base(name) if mended else name) for name in names):
                 reader = partial(_read_by_base, file) if mended else None
                 return CocoFiles(file, at, reader=reader)
     return CocoFiles(file, otherwise or next((at for at in (root / "images",) if at.is_dir()), root))
+
+
+def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
+    """Where the images of a COCO file may be, the likeliest first."""
+    names = *SPLIT_NAMES.get(split, ()), f"{split}2017", "default"
+    places = [
+        at
+        for at in (file.parent / "images", file.parent / "data", root / "images", root / "data")
+        if at.is_dir()
+    ]
+    inner = [at for place in (*places, root) for at in sorted(place.iterdir()) if at.is_dir()]
+    own = [at for at in inner if at.name.lower() in names]
+    return [file.parent, *own, *places, root, file.parent.parent, *inner]
 
 
 def _is_inside(folder: Path, name: str) -> bool:
