@@ -1,10 +1,11 @@
-"""Drawn detections: masks, boxes, names and scores on an image, and pages of them beside the ground truth."""
+"""Drawn detections: boxes, masks where there are any, names and scores on an image, and pages of them beside the ground truth."""
 
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -26,10 +27,10 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shown:
-    """One object to draw: class from 0, mask [H, W] bool, box in pixels, and its label."""
+    """One object to draw: class from 0, mask [H, W] bool or None, box in pixels, and its label."""
 
     kind: int
-    mask: np.ndarray
+    mask: np.ndarray | None
     box: Corners
     text: str
 
@@ -80,19 +81,22 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
     kinds, found = {id: k for k, id in enumerate(classes)}, []
     for p in sorted(predictions, key=lambda prediction: prediction["score"]):
         x, y, w, h = p["bbox"]
-        (x0, y0), (x1, y1) = geometry.points(np.array([(x, y), (x + w, y + h)])).tolist()
-        text, mask = f"{classes[p['category_id']]} {p['score']:.2f}", geometry.mask(p["segmentation"])
-        found.append(Shown(kinds[p["category_id"]], mask.astype(bool), (x0, y0, x1, y1), text))
+        x0, y0, x1, y1 = geometry.boxes([(x, y, x + w, y + h)])[0].tolist()
+        text, mask = f"{classes[p['category_id']]} {p['score']:.2f}", None
+        if "segmentation" in p:
+            mask = geometry.mask(p["segmentation"]).astype(bool)
+        found.append(Shown(kinds[p["category_id"]], mask, (x0, y0, x1, y1), text))
     return found
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
     """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
-    for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
-        shade = np.array(color_of(thing.kind))
-        canvas[thing.mask] = (0.6 * canvas[thing.mask] + 0.4 * shade).astype(np.uint8)
-        outlines, _ = cv2.findContours(thing.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    masks = [(thing.mask, color_of(thing.kind)) for thing in objects if thing.mask is not None]
+    for mask, color in sorted(masks, key=lambda pair: -int(pair[0].sum())):  # small ones on top
+        shade = np.array(color)
+        canvas[mask] = (0.6 * canvas[mask] + 0.4 * shade).astype(np.uint8)
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, outlines, -1, shade.tolist(), line, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
     pen, font = ImageDraw.Draw(picture), _font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
@@ -138,11 +142,36 @@ def _shared(a: Corners, b: Corners) -> float:
 def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
     image, geometry = _resized(split.load(picture), SIDE_PX)
     objects = []
-    for kind, segmentation in zip(picture.classes, picture.segmentations):
-        mask = geometry.mask(segmentation).astype(bool)
-        x0, y0, x1, y1 = boxes_of(mask[None])[0].tolist()
+    for kind, segmentation, box in zip(picture.classes, picture.segmentations, picture.boxes):
+        mask = geometry.mask(segmentation).astype(bool) if segmentation else None
+        corners = geometry.boxes([box]) if mask is None else boxes_of(mask[None])
+        x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
     return draw_objects(image, objects)
+
+
+def draw_entries(
+    image: np.ndarray, objects: Sequence[tuple[dict[str, Any], int, list[float]]], classes: dict[int, str]
+) -> np.ndarray:
+    """An image [H, W, 3] uint8 with COCO annotations as they are written, be they right or wrong.
+
+    Args:
+        objects: (annotation, category id, box x, y, width, height).
+        classes: category id -> name.
+    """
+    small, geometry = _resized(image, min(max(*image.shape[:2], 640), 1200))
+    kinds, drawn = {id: k for k, id in enumerate(sorted(classes))}, []
+    for annotation, category, (x, y, w, h) in objects:
+        try:
+            mask = geometry.mask(annotation["segmentation"]).astype(bool)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # none, or damaged
+            mask = None
+        (x0, x1), (y0, y1) = sorted((x, x + w)), sorted((y, y + h))
+        (x0, y0), (x1, y1) = geometry.points(np.array([(x0, y0), (x1, y1)], float)).tolist()
+        is_crowd = " (crowd)" if annotation.get("iscrowd") == 1 else ""
+        text = f"{classes.get(category, f'unknown {category}')}{is_crowd}"
+        drawn.append(Shown(kinds.get(category, len(kinds)), mask, (x0, y0, x1, y1), text))
+    return draw_objects(small, drawn)
 
 
 def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from det_plugin.coco.annotations import read_classes
-from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun, engine_of
+from det_plugin.coco.annotations import lacks_masks, read_classes
+from det_plugin.coco.layout import has_one_split
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
 from pretrain.errors import enough
 from pretrain.log import say
@@ -36,12 +37,14 @@ def finetune(
     compile: bool = False,
     crowds: str = "ignored",
     data_changed: bool = False,
+    val_share: float = 0.0,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
 
     Args:
-        data: root of COCO, or of data in its format (:mod:`det_plugin.coco.layout`), or a .yaml file.
+        data: root of COCO, or of any set in its, Pascal VOC's or YOLO's format (:mod:`det_plugin.coco.layout`), or a
+            .yaml file.
         output: run folder.
         weights: the backbone's checkpoint; None: random initialization.
         backbone: registry name; a file of ours says it itself.
@@ -51,9 +54,13 @@ def finetune(
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
         crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
+        val_share: of the images, kept for validation where the data have one split alone
+            (:mod:`det_plugin.coco.share`).
         data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
             from here on is that of the new ones, and the result is marked.
-        fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
+        fields: of the protocol, changed; values may be text. Where they are not given, the data say the number of
+            classes, and whether there are masks to learn; and on other classes than COCO's number of them,
+            images without objects are negatives (``keep_empty``).
 
     Returns:
         path of ``result.json``. A finished run is left as it is.
@@ -67,10 +74,9 @@ def finetune(
         module = engine_module(engine, Path(output))
         how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
         how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
+        given = {"crowds": crowds, "val_share": val_share}
         name = backbone_name(backbone, None if weights is None else Path(weights))
-        run = settings_of(
-            name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
-        )
+        run = settings_of(name, weights, Path(data), Path(output), protocol, fields | given, **how)
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
         lock = run_lock(output, getattr(module, "newest_checkpoint", None))
         with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
@@ -94,13 +100,32 @@ def settings_of(
         UserError: no such protocol, or a field's value is bad; the data's categories are damaged.
     """
     recipe = with_overrides(protocol(name, backbone), fields)
+    if recipe.val_share and not has_one_split(data):
+        say(f"{data} has images for validation: --val-share is not used")
+        recipe = with_overrides(recipe, {"val_share": 0.0})
     if "num_classes" not in fields:
-        n_classes = len(read_classes(data, "val"))
+        n_classes = len(read_classes(data, "val", recipe.val_share))
         if n_classes != recipe.num_classes:
             told = f"the protocol's is {recipe.num_classes}, so the result is marked"
             say(f"num_classes={n_classes}, as in {data}; {told}")
         recipe = with_overrides(recipe, {"num_classes": n_classes})
+    if "keep_empty" not in fields and is_own_data(recipe, backbone) and not is_older(output):
+        recipe = with_overrides(recipe, {"keep_empty": True})
+    if recipe.masks == "auto" and lacks_masks(data, recipe.crowds, recipe.val_share):
+        say(f"masks=off: no object of {data} has a mask, so boxes alone are learned; the result is marked")
+        recipe = with_overrides(recipe, {"masks": "off"})
     return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
+
+
+def is_own_data(recipe: DetectionProtocol, backbone: str) -> bool:
+    """Whether the classes are not as many as the protocol's, which are COCO's."""
+    return recipe.num_classes != protocol(recipe.name, backbone).num_classes
+
+
+def is_older(output: Path) -> bool:
+    """Whether the folder's run left images without objects out, as all did at first. It goes on like that."""
+    engine = engine_of(output)
+    return engine is not None and "keep_empty" not in (output / CONFIGS[engine]).read_text(errors="replace")
 
 
 def evaluate(

@@ -89,7 +89,7 @@ def test_an_export_is_evaluated_on_valid_then_val_then_test(root):
 def test_missing_files_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no file .*nowhere and no folder"):
         locate(tmp_path / "nowhere", "train")
-    (root / "train2017").rename(root / "images")
+    (root / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(
         UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"
     ):
@@ -120,8 +120,11 @@ def test_damaged_yaml_is_named(tmp_path, text, message):
         locate(tmp_path / "data.yaml", "train")
     assert "\n" not in str(error.value)
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.json is neither a folder nor a \.yaml file"):
+    with pytest.raises(UserError, match=r"data\.json is no COCO instances file"):
         locate(tmp_path / "data.json", "train")
+    (tmp_path / "data.txt").write_text("{}")
+    with pytest.raises(UserError, match=r"data\.txt is neither a folder nor a \.yaml file"):
+        locate(tmp_path / "data.txt", "train")
 
 
 # --- a share of the images --------------------------------------------------------------------------------
@@ -465,7 +468,7 @@ def test_detectron2_takes_crowds_as_objects(root, tmp_path):
         edit(annotation_file(root, split), as_cvat)
     cfg = config(with_overrides(RECIPE, dict(crowds="objects", amp=False)), TINY, data=root, device="cpu")
     assert sum(len(d["annotations"]) for d in instantiate(cfg.dataloader.train.dataset)) == 10
-    assert instantiate(cfg.dataloader.evaluator).crowds == "objects"
+    assert instantiate(cfg.dataloader.evaluator).reading == {"crowds": "objects"}
     changed = config_deviations(cfg)
     assert changed["crowds"] == ["ignored", "objects"] and not any("dataset" in key for key in changed)
     assert "crowds" not in config(RECIPE, TINY, data=root).dataloader.train.dataset
@@ -514,10 +517,10 @@ def tangle(n):
 DAMAGED = [
     (
         lambda c: [a.pop("segmentation") for a in c["annotations"]],
-        "annotation 1 lacks 'segmentation': Mask R-CNN learns from masks",
+        "none of 10 objects has a mask .'segmentation'.; masks=off learns the boxes of all",
     ),
-    (first(segmentation=[]), "annotation 1 lacks 'segmentation'"),
-    (first(segmentation=None), "annotation 1 lacks 'segmentation'"),
+    (first(segmentation=[]), "1 of 10 objects have no mask .the first: annotation 1.; masks=off .* masks=on"),
+    (first(segmentation=None), "1 of 10 objects have no mask .the first: annotation 1.; masks=off"),
     (first(bbox=[1, 2, math.nan, 4]), r"annotation 1 has the bbox \[1, 2, nan, 4\]"),
     (first(bbox=["1", "2", "3", "4"]), "annotation 1 has the bbox .*not x, y, width, height"),
     (first(bbox=[1, 2, 3]), "annotation 1 has the bbox"),

@@ -9,15 +9,18 @@ images), the run's last checkpoint makes them.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
+from det_plugin.coco.share import share_of
 from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
 from pretrain.errors import TRUST_HELP, UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.
 LEFT = ("predictions.json", "coco_instances_results.json", "inference/coco_instances_results.json")
+ROUNDING_PX = 0.01  # of a box that ends at its image's edge
 
 
 def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
@@ -32,13 +35,22 @@ def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
 
 
 def are_of(found: list[Prediction], split: CocoSplit) -> bool:
-    """Whether predictions can be of a split: each has one of its images and classes, and a mask of that size.
+    """Whether predictions can be of a split: each has one of its images and classes, and a mask of that size or
+    a box within it.
 
     Other data may have the same ids.
     """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
-    fits = (sizes.get(p["image_id"]) == p["segmentation"]["size"] for p in found)
+    fits = (p["image_id"] in sizes and _fits(p, sizes[p["image_id"]]) for p in found)
     return bool(found) and all(fits) and {p["category_id"] for p in found} <= set(split.category_ids)
+
+
+def _fits(prediction: Prediction, size: list[int]) -> bool:
+    """Whether it can be of an image of a size (height, width)."""
+    if "segmentation" in prediction:
+        return bool(prediction["segmentation"]["size"] == size)
+    x, y, width, height = prediction["bbox"]
+    return bool(y + height <= size[0] + ROUNDING_PX and x + width <= size[1] + ROUNDING_PX)
 
 
 def predictions_of(
@@ -72,7 +84,8 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
-    split = read_split(options.data, options.split, num_classes=None, training=False)
+    how = dict[str, Any](num_classes=None, training=False, val_share=share_of(options.run))
+    split = read_split(options.data, options.split, **how)
     pictures = choose(split, max(options.count, 1), options.images)
     evaluated = options.split == "val"
     predictions = predictions_of(options.run, split, pictures, options.device, evaluated, options.trust)

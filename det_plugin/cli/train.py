@@ -1,4 +1,5 @@
-"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format.
+"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format; where no
+object has a mask, with Faster R-CNN.
 
 The protocol, on 8 GPUs or on one (the batch is 64 on both, and the schedule does not change):
 torchrun --nproc-per-node 8 -m posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 2
@@ -11,7 +12,8 @@ Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists
 posfield detect --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
     batch_size=16 max_iters=4000 milestones=3555,3852 amp_dtype=bfloat16
 
-Words with = set fields of the protocol (det_plugin/protocol.py) or arguments of the backbone, backbone.depth=4.
+Words with = set fields of the protocol (det_plugin/protocol.py), masks=off (boxes alone), keep_empty=false (no
+negatives), or arguments of the backbone, backbone.depth=4.
 """
 
 import argparse
@@ -34,6 +36,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
     told = "iscrowd 1: left out, as COCO does, or taken as objects (%(default)s)"
     add("--crowds", default="ignored", choices=("ignored", "objects"), help=told)
+    told = "of the images, for validation, where the data have one split alone: 0.2"
+    add("--val-share", type=float, default=0.0, metavar="SHARE", help=told)
     add("--checkpointing", action="store_true", help="less memory: the backward pass computes blocks again")
     add("--compile", action="store_true", help="torch.compile of the blocks")
     add("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
@@ -50,6 +54,10 @@ def main(arguments: list[str]) -> None:
         if options["crowds"] != "ignored":
             raise UserError(
                 f"--eval-only: {options['output']} says itself what its crowds are; leave out --crowds"
+            )
+        if options["val_share"]:
+            raise UserError(
+                f"--eval-only: {options['output']} says itself how it divides the data; leave out --val-share"
             )
         evaluate(**{key: options[key] for key in ("data", "output", "engine", "device", "workers")})
         return

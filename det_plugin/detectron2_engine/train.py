@@ -62,7 +62,7 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     data = Data.read(run.data, recipe)  # finds damage before the first iteration
-    check_evaluation(data.val, recipe.crowds)
+    check_evaluation(data.val, recipe)
     # All ranks look before a file is written; one decides
     is_done = distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]
     begun = is_done or (run.output / LAST).is_file()
@@ -72,9 +72,10 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
         return run.output / FILE_NAME
     if distributed.is_main():
         digest.leave(run.output, said_of_data)
-        to_come = metrics_to_come(read_classes(run.data, "val").values())
+        to_come = metrics_to_come(read_classes(run.data, "val", recipe.val_share).values())
         leave_result(cfg, to_come, (None, 0), run.output, begins=True)
         _start_logs(run.output)
+        data.leave_split(run.output)
         LazyConfig.save(cfg, str(run.output / saved.ASKED))
         LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
@@ -93,13 +94,13 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     cfg, last = saved.load_config(output, saved.RESOLVED), last_whole(output)
     if last is None:
         raise UserError(f"{output}: no checkpoint to evaluate")
-    if saved.classes_in(cfg) != read_classes(data, "val"):
-        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     recipe = saved.protocol_in(cfg)
-    how = dict[str, Any](num_classes=None, training=False, crowds=recipe.crowds)
+    if saved.classes_in(cfg) != read_classes(data, "val", recipe.val_share):
+        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
+    how = dict[str, Any](num_classes=None, training=False, **recipe.reading)
     split = read_split(data, "val", **how)
     split.tell()
-    check_evaluation(split, recipe.crowds)
+    check_evaluation(split, recipe)
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(data), str(output), on
     cfg.dataloader.test.num_workers = workers
     cfg.train.init_checkpoint = str(last)

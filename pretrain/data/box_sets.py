@@ -93,6 +93,31 @@ def read_voc(
     return [BoxedImage(root / "JPEGImages" / f"{name}.jpg", of) for name, of in boxes.items() if len(of)]
 
 
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Entities can expand without end, and name files."""
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("it should have no document type")
+
+
+def read_xml(file: Path) -> ElementTree.Element:
+    """The root element of a small XML file that has no document type.
+
+    Raises:
+        ValueError: the file cannot be read, is too large, has a document type or is no XML; says which.
+    """
+    try:
+        content = read_regular(file, MAX_XML_BYTES)
+        parser = ElementTree.XMLParser(target=_WithoutDoctype())
+        parser.feed(content)
+        root: ElementTree.Element = parser.close()
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an unknown encoding
+        raise ValueError(str(error)) from error
+    return root
+
+
 def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
     """Boxes [n, 4] of one annotation file, without those of an object's parts (heads, hands).
 
@@ -100,12 +125,8 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
         UserError: the file cannot be read; names an object whose box is not valid by its number.
     """
     try:
-        content = read_regular(file, MAX_XML_BYTES)
-        # entities can expand without end
-        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-            raise ValueError("it should have no document type")
-        tree = ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+        tree = read_xml(file)
+    except ValueError as error:
         raise UserError(f"{file}: no readable annotation ({error})") from error
     boxes = []
     for number, element in enumerate(tree.findall("object"), 1):
