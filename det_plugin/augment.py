@@ -61,6 +61,11 @@ class Geometry:
         points = (np.asarray(p, np.float64).reshape(-1, 2) for p in polygons if len(p) >= 6)
         return [self.points(xy).ravel() for xy in points]
 
+    def boxes(self, boxes: Sequence[Sequence[float]]) -> np.ndarray:
+        """Map boxes [M, 4] (x0, y0, x1, y1 in pixels); float64, cut at nothing."""
+        corners = self.points(np.asarray(boxes, np.float64).reshape(-1, 2)).reshape(-1, 2, 2)
+        return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
     def mask(self, segmentation: Segmentation) -> np.ndarray:
         """The object's pixels in the crop, [h, w] uint8. Polygons are mapped before they are filled."""
         if isinstance(segmentation, dict):
@@ -109,6 +114,19 @@ def objects_of(
         size, drawn = geometry.crop[2:], [geometry.polygons(s) for s in segmentations]  # type: ignore[arg-type]
         masks = Polygons([[part for polygon in own for part in clip(polygon, *size)] for own in drawn])
         boxes = masks.boxes()
-    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)
+    kept = _have_extent(boxes)
     left = masks.where(kept) if isinstance(masks, Polygons) else torch.from_numpy(masks[kept])
     return boxes[kept], np.asarray(classes, np.int64)[kept], left
+
+
+def boxes_of_objects(
+    geometry: Geometry, classes: Sequence[int], boxes: Sequence[Sequence[float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of objects without masks: boxes [M, 4] cut at the crop's edges, classes [M] from 0; none outside."""
+    inside = geometry.boxes(boxes).clip(0, 2 * geometry.crop[2:]).astype(np.float32)
+    kept = _have_extent(inside)
+    return inside[kept], np.asarray(classes, np.int64)[kept]
+
+
+def _have_extent(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Drawn detections: masks, boxes, names and scores on an image, and pages of them beside the ground truth."""
+"""Drawn detections: boxes, masks where there are any, names and scores on an image, and pages of them beside the ground truth."""
 
 import colorsys
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shown:
-    """One object to draw: class from 0, mask [H, W] bool, box in pixels, and its label."""
+    """One object to draw: class from 0, mask [H, W] bool or None, box in pixels, and its label."""
 
     kind: int
-    mask: np.ndarray
+    mask: np.ndarray | None
     box: Corners
     text: str
 
@@ -79,19 +79,22 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
     kinds, found = {id: k for k, id in enumerate(classes)}, []
     for p in sorted(predictions, key=lambda prediction: prediction["score"]):
         x, y, w, h = p["bbox"]
-        (x0, y0), (x1, y1) = geometry.points(np.array([(x, y), (x + w, y + h)])).tolist()
-        text, mask = f"{classes[p['category_id']]} {p['score']:.2f}", geometry.mask(p["segmentation"])
-        found.append(Shown(kinds[p["category_id"]], mask.astype(bool), (x0, y0, x1, y1), text))
+        x0, y0, x1, y1 = geometry.boxes([(x, y, x + w, y + h)])[0].tolist()
+        text, mask = f"{classes[p['category_id']]} {p['score']:.2f}", None
+        if "segmentation" in p:
+            mask = geometry.mask(p["segmentation"]).astype(bool)
+        found.append(Shown(kinds[p["category_id"]], mask, (x0, y0, x1, y1), text))
     return found
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
     """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
-    for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
-        shade = np.array(color_of(thing.kind))
-        canvas[thing.mask] = (0.6 * canvas[thing.mask] + 0.4 * shade).astype(np.uint8)
-        outlines, _ = cv2.findContours(thing.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    masks = [(thing.mask, color_of(thing.kind)) for thing in objects if thing.mask is not None]
+    for mask, color in sorted(masks, key=lambda pair: -int(pair[0].sum())):  # small ones on top
+        shade = np.array(color)
+        canvas[mask] = (0.6 * canvas[mask] + 0.4 * shade).astype(np.uint8)
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, outlines, -1, shade.tolist(), line, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
     pen, font = ImageDraw.Draw(picture), _font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
@@ -137,9 +140,10 @@ def _shared(a: Corners, b: Corners) -> float:
 def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
     image, geometry = _resized(split.load(picture), SIDE_PX)
     objects = []
-    for kind, segmentation in zip(picture.classes, picture.segmentations):
-        mask = geometry.mask(segmentation).astype(bool)
-        x0, y0, x1, y1 = boxes_of(mask[None])[0].tolist()
+    for kind, segmentation, box in zip(picture.classes, picture.segmentations, picture.boxes):
+        mask = geometry.mask(segmentation).astype(bool) if segmentation else None
+        corners = geometry.boxes([box]) if mask is None else boxes_of(mask[None])
+        x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
     return draw_objects(image, objects)
 

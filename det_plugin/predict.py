@@ -24,13 +24,16 @@ class Detections:
 
     Attributes:
         image: the pixels, [H, W, 3] uint8 RGB, upright.
-        results: in COCO's format: ``category_id``, ``bbox``, ``score``, ``segmentation`` (RLE).
+        results: in COCO's format: ``category_id``, ``bbox``, ``score``, and ``segmentation`` (RLE) where the
+            detector has masks.
         classes: category id -> name.
+        has_masks: whether the detector finds masks.
     """
 
     image: np.ndarray
     results: list[Prediction]
     classes: dict[int, str]
+    has_masks: bool = True
 
     @property
     def boxes(self) -> np.ndarray:
@@ -49,8 +52,10 @@ class Detections:
         return [self.classes[p["category_id"]] for p in self.results]
 
     @property
-    def masks(self) -> np.ndarray:
-        """[N, H, W] bool, decoded anew each time."""
+    def masks(self) -> np.ndarray | None:
+        """[N, H, W] bool, decoded anew each time; None from a detector of boxes alone."""
+        if not self.has_masks:
+            return None
         masks = [decode_rle(p["segmentation"]).astype(bool) for p in self.results]
         return np.stack(masks) if masks else np.zeros((0, *self.image.shape[:2]), bool)
 
@@ -81,7 +86,7 @@ class Detector:
         """
         pixels = pixels_of(image)
         found = [p for p in self.detect([pixels])[0] if p["score"] >= min_score]
-        return Detections(pixels, found, self.classes)
+        return Detections(pixels, found, self.classes, self.protocol.has_masks)
 
     def detect(self, images: Images) -> list[list[Prediction]]:
         """Detections of each image, best first, as COCO results without ``image_id``.
@@ -93,7 +98,7 @@ class Detector:
 
         Returns:
             a list for each image. An entry has ``category_id``, ``bbox`` (x, y, width, height in the image's
-            pixels), ``score`` (above the protocol's ``score_threshold``) and ``segmentation`` (RLE).
+            pixels), ``score`` (above the protocol's ``score_threshold``) and, with masks, ``segmentation`` (RLE).
 
         Raises:
             UserError: an image has another shape or type.

@@ -1,7 +1,8 @@
 """Every number of the COCO fine-tuning protocol, once. Both engines read this file and no other.
 
-Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2",
-the paper's appendix; "Detectron2", its ViTDet configs; "ours" where neither says.
+Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions; with ``masks=off``
+Faster R-CNN, the same without the mask head. Sources: "B.2", the paper's appendix; "Detectron2", its ViTDet
+configs; "ours" where neither says.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from pretrain.settings import Settings, differences, replaced, setting
 SCALES = (4.0, 2.0, 1.0, 0.5)  # that a pyramid can be made of
 COARSEST_PX = 32  # stride of its last map before the max-pooled one
 paper, theirs, ours = (partial(setting, source=name) for name in ("B.2", "Detectron2", "ours"))
+# Fields that older runs do not have, all of how annotations are read: arguments of ``coco.read_split``
+READING = ("crowds", "masks", "keep_empty")
 
 
 class DetectionProtocol(Settings):
@@ -54,6 +57,10 @@ class DetectionProtocol(Settings):
     crowds: Literal["ignored", "objects"] = ours(
         "ignored", "COCO's rule; or annotations with iscrowd 1 count"
     )
+    masks: Literal["auto", "on", "off"] = ours(
+        "auto", "off: boxes alone; on: objects without a mask teach boxes alone; auto: these are an error"
+    )
+    keep_empty: bool = theirs(False, "training images without annotations are negatives, else left out")
     pixel_mean: tuple[float, float, float] = theirs((123.675, 116.28, 103.53), "RGB")
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = theirs((58.395, 57.12, 57.375), "RGB")
 
@@ -117,6 +124,17 @@ class DetectionProtocol(Settings):
             if not fits:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be {what}")
         return self
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the detector has a mask head."""
+        return self.masks != "off"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The fields of :data:`READING` away from their defaults: configs and hashes of older runs stay."""
+        fields = type(self).model_fields
+        return {key: value for key in READING if (value := getattr(self, key)) != fields[key].default}
 
 
 # Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from det_plugin.protocol import DetectionProtocol, deviations, other_images
+from det_plugin.protocol import READING, DetectionProtocol, deviations, other_images
 from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -62,9 +62,8 @@ class DetectionRun:
 
     def settings(self) -> dict[str, Any]:
         """What defines the outcome, as plain values. No folder of this machine is in it."""
-        recipe = as_dict(self.protocol)
-        if recipe["crowds"] == "ignored":  # of all runs before there was a choice: their hashes stay
-            del recipe["crowds"]
+        recipe = {key: value for key, value in as_dict(self.protocol).items() if key not in READING}
+        recipe |= self.protocol.reading
         return {
             "backbone": self.backbone,
             "model_kwargs": network_kwargs(self.model_kwargs),

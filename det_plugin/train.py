@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from det_plugin.coco.annotations import read_classes
-from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun, engine_of
+from det_plugin.coco.annotations import lacks_masks, read_classes
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
 from pretrain.errors import enough
 from pretrain.log import say
@@ -50,7 +50,9 @@ def finetune(
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
         crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
-        fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
+        fields: of the protocol, changed; values may be text. Where they are not given, the data say the number of
+            classes, and whether there are masks to learn; and on other classes than COCO's number of them,
+            images without objects are negatives (``keep_empty``).
 
     Returns:
         path of ``result.json``. A finished run is left as it is.
@@ -96,7 +98,23 @@ def settings_of(
             told = f"the protocol's is {recipe.num_classes}, so the result is marked"
             say(f"num_classes={n_classes}, as in {data}; {told}")
         recipe = with_overrides(recipe, {"num_classes": n_classes})
+    if "keep_empty" not in fields and is_own_data(recipe, backbone) and not is_older(output):
+        recipe = with_overrides(recipe, {"keep_empty": True})
+    if recipe.masks == "auto" and lacks_masks(data, recipe.crowds):
+        say(f"masks=off: no object of {data} has a mask, so boxes alone are learned; the result is marked")
+        recipe = with_overrides(recipe, {"masks": "off"})
     return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
+
+
+def is_own_data(recipe: DetectionProtocol, backbone: str) -> bool:
+    """Whether the classes are not as many as the protocol's, which are COCO's."""
+    return recipe.num_classes != protocol(recipe.name, backbone).num_classes
+
+
+def is_older(output: Path) -> bool:
+    """Whether the folder's run left images without objects out, as all did at first. It goes on like that."""
+    engine = engine_of(output)
+    return engine is not None and "keep_empty" not in (output / CONFIGS[engine]).read_text(errors="replace")
 
 
 def evaluate(

@@ -444,7 +444,7 @@ def test_detectron2_takes_crowds_as_objects(root, tmp_path):
         edit(annotation_file(root, split), as_cvat)
     cfg = config(with_overrides(RECIPE, dict(crowds="objects", amp=False)), TINY, data=root, device="cpu")
     assert sum(len(d["annotations"]) for d in instantiate(cfg.dataloader.train.dataset)) == 10
-    assert instantiate(cfg.dataloader.evaluator).crowds == "objects"
+    assert instantiate(cfg.dataloader.evaluator).reading == {"crowds": "objects"}
     changed = config_deviations(cfg)
     assert changed["crowds"] == ["ignored", "objects"] and not any("dataset" in key for key in changed)
     assert "crowds" not in config(RECIPE, TINY, data=root).dataloader.train.dataset
@@ -493,10 +493,10 @@ def tangle(n):
 DAMAGED = [
     (
         lambda c: [a.pop("segmentation") for a in c["annotations"]],
-        "annotation 1 lacks 'segmentation': Mask R-CNN learns from masks",
+        "none of 10 objects has a mask .'segmentation'.; masks=off learns the boxes of all",
     ),
-    (first(segmentation=[]), "annotation 1 lacks 'segmentation'"),
-    (first(segmentation=None), "annotation 1 lacks 'segmentation'"),
+    (first(segmentation=[]), "1 of 10 objects have no mask .the first: annotation 1.; masks=off .* masks=on"),
+    (first(segmentation=None), "1 of 10 objects have no mask .the first: annotation 1.; masks=off"),
     (first(bbox=[1, 2, math.nan, 4]), r"annotation 1 has the bbox \[1, 2, nan, 4\]"),
     (first(bbox=["1", "2", "3", "4"]), "annotation 1 has the bbox .*not x, y, width, height"),
     (first(bbox=[1, 2, 3]), "annotation 1 has the bbox"),

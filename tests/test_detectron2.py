@@ -64,6 +64,7 @@ ODD = with_overrides(
         roi_positive_fraction=0.35, box_pool=5, box_convs=2, box_fc=48, mask_pool=6, mask_convs=2,
         box_weights=(9.0, 8.0, 7.0, 6.0), score_threshold=0.15, nms=0.4, detections_per_image=9,
         amp_dtype="bfloat16", window_size=3, global_blocks=2, freeze_backbone=True, train_share=0.4, crowds="objects",
+        masks="on", keep_empty=True,
     ),
 )  # fmt: skip
 
@@ -169,6 +170,7 @@ def numbers_of(cfg):
     )  # else a frozen backbone has no learning rates to look at
     optimizer, dataset = instantiate(cfg.optimizer), cfg.dataloader.train.dataset
     train_share, crowds = dataset.share, dataset.get("crowds", "ignored")
+    masks, keep_empty = dataset.get("masks", "auto"), dataset.get("keep_empty", False)
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
@@ -205,6 +207,8 @@ def numbers_of(cfg):
         flip=flip.prob,
         train_share=train_share,
         crowds=crowds,
+        masks=masks,
+        keep_empty=keep_empty,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         keep_special_tokens=pyramid.net.options.keep_special_tokens,
@@ -285,6 +289,28 @@ def test_the_full_model_is_detectron2s_vitdet():
     own |= {f"roi_heads.box_predictor.{key}" for key in ("test_nms_thresh", "test_topk_per_image")}
     assert {key for key in compared(ours, theirs) if not key.startswith("backbone.net.")} - shapes == own
     assert len(compared(ours, {})) > 60
+
+
+def test_without_masks_it_is_detectron2s_faster_rcnn():
+    """The same config without what Detectron2 calls mask: nothing else is missing or another."""
+    recipe = protocol("coco-12ep", TINY)
+    whole, alone = (plain(config(with_overrides(recipe, {"masks": m}), TINY)) for m in ("auto", "off"))
+    gone = {key for key, (_, now) in compared(whole["model"], alone["model"]).items() if now is None}
+    assert all(key.startswith("roi_heads.mask_") for key in gone)
+    assert gone == compared(whole["model"], alone["model"]).keys() and len(gone) > 10
+    changed = {
+        key: pair for key, pair in compared(whole, alone).items() if not key.startswith("model.roi_heads")
+    }
+    data, mapper = "dataloader.{}.dataset.masks", "dataloader.train.mapper."
+    assert changed == {
+        **{data.format(split): [None, "off"] for split in ("train", "test")},
+        **{mapper + key: [True, False] for key in ("use_instance_mask", "recompute_boxes")},
+        "dataloader.evaluator.overrides.masks": [None, "off"],
+    }
+    cfg = config(with_overrides(recipe, {"masks": "off"}), TINY, model_kwargs=dict(depth=1))
+    assert config_deviations(cfg) == {"masks": ["auto", "off"], "model_kwargs": [{}, {"depth": 1}]}
+    heads = instantiate(cfg.model).roi_heads
+    assert not heads.mask_on and not any("mask" in name for name, _ in heads.named_parameters())
 
 
 def test_learning_rates_and_weight_decay_of_named_parameters(weights):

@@ -21,12 +21,14 @@ pytest.importorskip(
     "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
 )
 
+from coco_fixture import annotation_file, edit, write_coco
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
 from det_plugin.detectron2_engine.evaluate import config_deviations
 from det_plugin.detectron2_engine.train import evaluate_folder, train
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
+from det_plugin.predict import load_detector
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -187,6 +189,50 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     half = read_result(tmp_path / "half")
     assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
     assert half.protocol.deviations == {**first.protocol.deviations, "max_iters": [22_128, 10]}
+
+
+BOXES_ALONE = """from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.saved_config import protocol_in
+from det_plugin.protocol import with_overrides
+from detectron2.config import LazyConfig
+
+_toy = protocol_in(LazyConfig.load({toy!r}))
+_small = dict(max_iters=4, milestones=(3,), eval_every=2, num_classes=3, masks="off", keep_empty=True)
+model, train, dataloader, optimizer, lr_multiplier = config(
+    with_overrides(_toy, _small), "vit_tiny_patch16", model_kwargs=dict(depth=1), device="cpu", workers=0
+).values()
+"""
+
+
+@pytest.mark.skipif(
+    "DETECTRON2_SRC" not in os.environ, reason="$DETECTRON2_SRC does not name Detectron2's source tree"
+)
+def test_the_stock_launcher_learns_boxes_alone(tmp_path):
+    """From data without a mask, with an image that has no objects; evaluated, and found by our detector."""
+    data, run, file = write_coco(tmp_path / "coco"), tmp_path / "run", tmp_path / "boxes.py"
+    for split in ("train", "val"):
+        edit(annotation_file(data, split), lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    file.write_text(BOXES_ALONE.format(toy=str(TOY)))
+    launch(run, "--config-file", file, f"dataloader.root={data}")
+    result = read_result(run)
+    changed = result.protocol.deviations
+    assert (changed["masks"], changed["keep_empty"]) == (["auto", "off"], [False, True])
+    assert changed["train_images"] == [117_266, 6] and not any("." in key for key in changed)
+    assert "box_ap" in result.metrics and not any("mask" in key for key in result.metrics)
+    said = run.with_suffix(".said").read_text()
+    assert "loss_box_reg" in said and "loss_mask" not in said
+    state = torch.load(run / "model_final.pth", weights_only=True)["model"]
+    assert not any("mask_head" in key for key in state)
+    found = load_detector(run, "cpu").predict(data / "val2017" / "000000001001.png")
+    assert found.masks is None and len(found.boxes) == len(found.scores)
+    launch(
+        tmp_path / "again",
+        "--eval-only",
+        "--config-file",
+        run / "config_resolved.yaml",
+        f"train.init_checkpoint={run / 'model_final.pth'}",
+    )
+    assert read_result(tmp_path / "again").metrics == result.metrics
 
 
 def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):

@@ -301,16 +301,25 @@ def test_filtering_at_test_time_equals_detectron2():
     assert not (found[0][0][:, 2:] > found[0][0][:, :2]).all()
 
 
-def test_images_without_objects_train(batch):
+@pytest.mark.parametrize("masks", ["auto", "off"])
+def test_images_without_objects_train(batch, masks):
+    """The losses of the background count, all others are zero, and so is every gradient of what they alone
+    teach."""
     images, _ = batch
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    targets = [
-        {**empty, "masks": masks}
-        for masks in (Polygons([]), torch.zeros(0, *images[1].shape[1:], dtype=torch.uint8))
-    ]
-    losses = detector().train()(images, targets)
-    assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
+    shapes = (Polygons([]), torch.zeros(0, *images[1].shape[1:], dtype=torch.uint8))
+    targets = [{**empty, "masks": own} if masks == "auto" else empty for own in shapes]
+    model = detector(with_overrides(SMALL, {"masks": masks})).train()
+    losses = model(images, targets)
+    zero = {name for name, loss in losses.items() if loss == 0}
+    assert zero == {"loss_box_reg", "loss_rpn_loc", *["loss_mask"] * (masks == "auto")}
+    assert losses["loss_cls"] > 0 and losses["loss_rpn_cls"] > 0
     sum(losses.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    unmoved = {name for name, gradient in gradients.items() if not gradient.any()}
+    taught_by_objects = ("bbox_pred", "mask_head")
+    assert unmoved == {name for name in gradients if any(part in name for part in taught_by_objects)}
 
 
 def test_padding_comes_after_normalization():
@@ -370,8 +379,10 @@ def detectron2_names(state):
 
 
 @needs_detectron2
-def test_losses_gradients_and_detections_equal_detectron2(batch):
-    """Both engines, the same weights, images and random numbers: the same of everything."""
+@pytest.mark.parametrize("masks", ["auto", "on", "off"])
+def test_losses_gradients_and_detections_equal_detectron2(batch, masks):
+    """Both engines, the same weights, images and random numbers: the same of everything, with masks, with
+    masks of some objects, and without, an image without objects among the others."""
     from detectron2.config import instantiate
     from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
@@ -379,21 +390,31 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
     from det_plugin.detectron2_engine.lazy import config
 
     images, targets = batch
-    ours = detector()
+    assert {type(target["masks"]) for target in targets} == {Polygons, torch.Tensor}
+    noise = torch.randint(0, 256, (3, 90, 70), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": Polygons([])}
+    images, targets = [*images, noise], [*targets, nothing]
+    recipe = with_overrides(SMALL, {"masks": masks})
+    if masks == "off":
+        targets = [{key: target[key] for key in ("boxes", "labels")} for target in targets]
+    if masks == "on":
+        targets[1] = {**targets[1], "has_mask": torch.tensor([True, False])}
+    ours = detector(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = instantiate(config(SMALL, TINY, device="cpu", model_kwargs=dict(depth=2)).model)
+        theirs = instantiate(config(recipe, TINY, device="cpu", model_kwargs=dict(depth=2)).model)
     theirs.load_state_dict(detectron2_names(ours.state_dict()))
-    assert {type(target["masks"]) for target in targets} == {Polygons, torch.Tensor}
     inputs = []
     for image, target in zip(images, targets):
         objects = Instances(
             tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"] - 1
         )
-        masks = target["masks"]
-        objects.gt_masks = (
-            PolygonMasks(masks.objects) if isinstance(masks, Polygons) else BitMasks(masks.bool())
-        )
+        if (own := target.get("masks")) is not None:
+            objects.gt_masks = (
+                PolygonMasks(own.objects) if isinstance(own, Polygons) else BitMasks(own.bool())
+            )
+        if "has_mask" in target:
+            objects.gt_has_mask = target["has_mask"]
         inputs.append(dict(image=image, instances=objects, height=image.shape[1], width=image.shape[2]))
 
     torch.manual_seed(3)
@@ -402,7 +423,12 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
     with EventStorage():
         expected = theirs.train()(inputs)
     assert found.keys() == expected.keys() and all(value > 0 for value in found.values())
+    assert ("loss_mask" in found) == (masks != "off") and len(found) == 4 + (masks != "off")
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    if masks == "on":
+        torch.manual_seed(3)
+        every = ours(images, [{key: t[key] for key in ("boxes", "labels", "masks")} for t in targets])
+        assert {name for name in found if found[name] != every[name]} == {"loss_mask"}
     sum(found.values()).backward()
     sum(expected.values()).backward()
     gradients = detectron2_names({name: p.grad for name, p in ours.named_parameters()})
@@ -417,7 +443,10 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         torch.testing.assert_close(detection["boxes"], reference.pred_boxes.tensor, atol=1e-3, rtol=1e-5)
         torch.testing.assert_close(detection["scores"], reference.scores, atol=1e-6, rtol=1e-5)
         assert torch.equal(detection["labels"] - 1, reference.pred_classes)
-        assert detection["masks"].shape == (100, 1, 28, 28)
+        if masks != "off":
+            assert detection["masks"].shape == (100, 1, 28, 28)
+        else:
+            assert detection.keys() == {"boxes", "scores", "labels"} and not reference.has("pred_masks")
 
 
 # --- optimization -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pretrain.errors import TRUST_HELP, UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.
 LEFT = ("predictions.json", "coco_instances_results.json", "inference/coco_instances_results.json")
+ROUNDING_PX = 0.01  # of a box that ends at its image's edge
 
 
 def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
@@ -32,13 +33,22 @@ def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
 
 
 def are_of(found: list[Prediction], split: CocoSplit) -> bool:
-    """Whether predictions can be of a split: each has one of its images and classes, and a mask of that size.
+    """Whether predictions can be of a split: each has one of its images and classes, and a mask of that size or
+    a box within it.
 
     Other data may have the same ids.
     """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
-    fits = (sizes.get(p["image_id"]) == p["segmentation"]["size"] for p in found)
+    fits = (p["image_id"] in sizes and _fits(p, sizes[p["image_id"]]) for p in found)
     return bool(found) and all(fits) and {p["category_id"] for p in found} <= set(split.category_ids)
+
+
+def _fits(prediction: Prediction, size: list[int]) -> bool:
+    """Whether it can be of an image of a size (height, width)."""
+    if "segmentation" in prediction:
+        return bool(prediction["segmentation"]["size"] == size)
+    x, y, width, height = prediction["bbox"]
+    return bool(y + height <= size[0] + ROUNDING_PX and x + width <= size[1] + ROUNDING_PX)
 
 
 def predictions_of(

@@ -1,4 +1,5 @@
-"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format.
+"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format; where no
+object has a mask, with Faster R-CNN.
 
 The protocol, on 8 GPUs or on one (the batch is 64 on both, and the schedule does not change):
 torchrun --nproc-per-node 8 -m posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 2
@@ -11,7 +12,8 @@ Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists
 posfield detect --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
     batch_size=16 max_iters=4000 milestones=3555,3852 amp_dtype=bfloat16
 
-Words with = set fields of the protocol (det_plugin/protocol.py) or arguments of the backbone, backbone.depth=4.
+Words with = set fields of the protocol (det_plugin/protocol.py), masks=off (boxes alone), keep_empty=false (no
+negatives), or arguments of the backbone, backbone.depth=4.
 """
 
 import argparse

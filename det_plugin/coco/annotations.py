@@ -6,6 +6,7 @@ What is allowed, and how it is used:
   appended to it;
 * crowds: left out of training; in evaluation they are COCO's ignored regions. An image with no other objects
   is left out of training and kept in evaluation;
+* images without annotations: left out of training, or with ``keep_empty`` negatives; kept in evaluation;
 * objects of zero extent: left out of training; evaluation keeps every object, as COCO's own does;
 * masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An
   object that has no others is not learned (training) and not found as a mask (evaluation);
@@ -14,11 +15,15 @@ What is allowed, and how it is used:
   filled in. An ``area`` that is no number from 0 to :data:`LARGEST_PX` is replaced by the mask's, or without
   a mask the box's, and that is said; line breaks and the like in a category's name become spaces.
 
+Objects with a box alone: with ``masks="off"`` boxes are all that is read of any object. With ``on`` they teach
+boxes and no mask; with ``auto`` they are an error in training. Evaluation counts their boxes, which are ignored
+regions where it counts masks.
+
 With ``crowds="objects"``, annotations with ``iscrowd`` 1 are objects like others: CVAT marks every mask so.
 
 These are errors that name the entry: an id that is no integer, is too large or stands twice; an ``iscrowd``
 that is neither 0 nor 1 (:func:`pretrain.data.box_sets.is_crowd`); an unknown image or category
-id; no mask (Mask R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover
+id; no mask, where masks are learned; boxes or polygons that are no numbers; an RLE that does not cover
 its image; polygons that are too far, too long or cross themselves too often to be computed with; a
 ``file_name`` that is missing, has a line break or leads out of the folder; an image that is missing, or of
 another size than stated; an unreadable image of the validation (by its header, or a JPEG or PNG without
@@ -71,7 +76,10 @@ class Picture:
     width: int
     height: int
     classes: tuple[int, ...] = ()  # contiguous, from 0
-    segmentations: tuple[Segmentation, ...] = ()
+    segmentations: tuple[Segmentation, ...] = ()  # empty ones where only boxes are read
+    boxes: tuple[tuple[float, ...], ...] = ()  # x0, y0, x1, y1 in pixels, as annotated
+    # Empty: all. In training an object without a mask has its box as polygon, which teaches no mask.
+    masked: tuple[bool, ...] = ()
 
 
 class PackedList(Sequence[Picture]):
@@ -101,7 +109,7 @@ class CocoSplit:
     pictures: Sequence[Picture]
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # lines about crowds, and about values that were replaced
+    notes: tuple[str, ...] = ()  # lines about what is left out or taken in another way
 
     def tell(self) -> None:
         """Log the notes."""
@@ -166,7 +174,7 @@ class Data:
         Raises:
             UserError: a file is damaged, or the splits have different classes; names the file.
         """
-        how = dict[str, Any](num_classes=protocol.num_classes, crowds=protocol.crowds)
+        how = dict[str, Any](num_classes=protocol.num_classes, **protocol.reading)
         train = read_split(data, "train", training=True, share=protocol.train_share, **how)
         val = read_split(data, "val", training=False, **how)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
@@ -186,6 +194,8 @@ def read_split(
     training: bool,
     share: float = 1.0,
     crowds: str = "ignored",
+    masks: str = "auto",
+    keep_empty: bool = False,
 ) -> CocoSplit:
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
@@ -195,7 +205,7 @@ def read_split(
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
         share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
-        crowds: ``ignored`` | ``objects``.
+        crowds, masks, keep_empty: fields of the protocol.
 
     Raises:
         UserError: names the file, the entry and the problem.
@@ -205,7 +215,9 @@ def read_split(
     try:
         names = _categories(content)
         notes = _notes(content, names, crowds)
-        pictures = _pictures(content, {id: k for k, id in enumerate(names)}, training)
+        class_of = {id: k for k, id in enumerate(names)}
+        pictures, more = _pictures(content, class_of, training, masks, keep_empty)
+        notes += more
     except (KeyError, TypeError, AttributeError) as error:
         what = f"an entry is damaged or lacks {error}"
         raise UserError(f"data: {file} is no COCO instances file: {what}") from error
@@ -213,7 +225,7 @@ def read_split(
         raise UserError(f"data: {file}: {error}") from error
     if num_classes is not None and len(names) != num_classes:
         raise UserError(f"data: {file} has {len(names)} categories, but num_classes={num_classes}")
-    if not pictures:
+    if not any(picture.classes or not training for picture in pictures):
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     if share < 1:
         ids = sorted(picture.id for picture in pictures)
@@ -239,12 +251,33 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
         raise UserError(f"data: {file}: its categories are damaged: {error}") from error
 
 
-def read_truth(file: Path, crowds: str = "ignored") -> dict[str, Any]:
+def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
+    """Whether there are objects, but none with a mask, in both splits. Damaged entries count as objects.
+
+    Raises:
+        UserError: as :func:`read_json`.
+    """
+    found = False
+    for split in ("val", "train"):  # the small one first: COCO's answers in a moment
+        for annotation in read_json(locate(data, split).annotations)["annotations"]:
+            try:
+                if crowds == "ignored" and is_crowd(annotation):
+                    continue
+                if annotation.get("segmentation"):
+                    return False
+            except (ValueError, AttributeError):
+                pass  # read_split says it
+            found = True
+    return found
+
+
+def read_truth(file: Path, crowds: str = "ignored", masks: str = "auto") -> dict[str, Any]:
     """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
     are filled in or mended, names are unique, and an object without a polygon of three points has an empty
-    mask. ``crowds`` as in :func:`read_split`, whose checks the file must have passed.
+    mask. Objects that only have a box are marked by ``box_alone``. ``crowds`` and ``masks`` as in
+    :func:`read_split`, whose checks the file must have passed.
     """
     content = read_json(file)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -254,12 +287,16 @@ def read_truth(file: Path, crowds: str = "ignored") -> dict[str, Any]:
     for annotation in content["annotations"]:
         height, width = sizes[annotation["image_id"]]
         _mend_crowd(annotation, crowds)
-        found = _segmentation(annotation, width, height)
-        masks = found or {"size": [height, width], "counts": [height * width]}
-        whole = {**annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
+        found = [] if masks == "off" else _segmentation(annotation, width, height)
+        shape = found or {"size": [height, width], "counts": [height * width]}
+        whole = {**annotation, "id": annotation["id"] + max(first, 0), "segmentation": shape}
+        if masks == "off":
+            del whole["segmentation"]
+        elif _has_box_alone(annotation):
+            whole["box_alone"] = True
         if not _is_area(annotation.get("area")):
             own = (
-                coco_api().mask.area(as_rle(masks, height, width))
+                coco_api().mask.area(as_rle(shape, height, width))
                 if found
                 else np.prod(annotation["bbox"][2:])
             )
@@ -309,10 +346,17 @@ def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
         seen.add(entry["id"])
 
 
-def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training: bool) -> list[Picture]:
+def _pictures(
+    content: Mapping[str, Any], class_of: Mapping[int, int], training: bool, masks: str, keep_empty: bool
+) -> tuple[list[Picture], tuple[str, ...]]:
+    """The images with their objects, and notes of what is left out.
+
+    Raises:
+        ValueError: an entry is damaged; objects that training needs have no mask.
+    """
     _check_ids("image", content["images"])
-    objects: dict[int, list[tuple[int, Segmentation]]] = {}
-    sizes = {}
+    objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...], bool]]] = {}
+    sizes, annotated, n_objects, boxes_alone = {}, set[int](), 0, list[int]()
     for image in content["images"]:
         width, height = image["width"], image["height"]
         if not (
@@ -327,15 +371,78 @@ def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training:
                 f"image_id {shown(image_id)}" if image_id not in objects else f"category_id {shown(category)}"
             )
             raise ValueError(f"annotation {annotation['id']} has the unknown {name}")
-        segmentation = _segmentation(annotation, *sizes[image_id])
-        has_extent = min(annotation["bbox"][2:]) > 0 and segmentation
-        if not annotation["iscrowd"] and (has_extent or not training):
-            objects[image_id].append((class_of[category], segmentation))
-    return [
-        Picture(id, _file_name(image), *sizes[id], *(zip(*objects[id]) if objects[id] else ()))
+        annotated.add(image_id)
+        x, y, width, height = _box(annotation)
+        segmentation = [] if masks == "off" else _segmentation(annotation, *sizes[image_id])
+        if annotation["iscrowd"]:
+            continue
+        n_objects += min(width, height) > 0
+        box = x, y, x + width, y + height
+        if is_alone := masks != "off" and _has_box_alone(annotation):
+            boxes_alone.append(annotation["id"])
+            segmentation = [box_polygon(box)] if training else []
+        if not training or (min(width, height) > 0 and (segmentation or masks == "off")):
+            objects[image_id].append((class_of[category], segmentation, box, not is_alone))
+    notes = _of_boxes_alone(boxes_alone, n_objects, training, masks)
+    notes += _of_empty(objects, annotated, training, keep_empty)
+    pictures = [
+        _picture(image, sizes[id], objects[id])
         for image in content["images"]
-        if objects[id := image["id"]] or not training
+        if objects[id := image["id"]] or not training or (keep_empty and id not in annotated)
     ]
+    return pictures, notes
+
+
+def _picture(image: Mapping[str, Any], size: tuple[int, int], objects: Sequence[tuple[Any, ...]]) -> Picture:
+    classes, segmentations, boxes, masked = zip(*objects) if objects else ((), (), (), ())
+    who = image["id"], _file_name(image)
+    return Picture(*who, *size, classes, segmentations, boxes, () if all(masked) else masked)
+
+
+def _of_boxes_alone(ids: Sequence[int], n_objects: int, training: bool, masks: str) -> tuple[str, ...]:
+    """A line about the objects without a mask, by their ids; raises ValueError where training needs it."""
+    if not ids:
+        return ()
+    told = f"{len(ids)} of {n_objects} objects have no mask (the first: annotation {ids[0]})"
+    alone = "masks=off learns the boxes of all"
+    if training and len(ids) == n_objects:
+        raise ValueError(f"none of {n_objects} objects has a mask ('segmentation'); {alone}")
+    if training and masks == "auto":
+        raise ValueError(f"{told}; {alone} and no mask, masks=on learns the boxes of all and these masks")
+    if training:
+        return (f"{told}: they teach boxes alone",)
+    return (f"{told}: they count as boxes, and are ignored regions where masks are counted",)
+
+
+def _of_empty(
+    objects: Mapping[int, Sequence[Any]], annotated: set[int], training: bool, keep_empty: bool
+) -> tuple[str, ...]:
+    """Lines about the images without objects."""
+    n_images, n_empty = len(objects), len(objects.keys() - annotated)
+    n_useless = sum(not objects[id] for id in annotated)
+    if not training:
+        return (f"{n_empty} of {n_images} images have no objects",) if n_empty else ()
+    notes = []
+    if n_empty:
+        other = "negatives; keep_empty=false leaves them out"
+        told = other if keep_empty else "left out of training; keep_empty=true takes them as negatives"
+        notes.append(f"{n_empty} of {n_images} images have no objects: {told}")
+    if n_useless:
+        what = "images have only objects that cannot be learned (crowds, without extent or mask)"
+        notes.append(f"{n_useless} of {n_images} {what}: left out of training")
+    return tuple(notes)
+
+
+def box_polygon(box: Sequence[float]) -> list[float]:
+    """The corners of x0, y0, x1, y1."""
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def _has_box_alone(annotation: Mapping[str, Any]) -> bool:
+    """Whether an object with an extent says nothing of its mask."""
+    lacks = not annotation.get("segmentation") and not annotation["iscrowd"]
+    return lacks and min(annotation["bbox"][2:]) > 0
 
 
 def _mend_crowd(annotation: dict[str, Any], crowds: str) -> bool:
@@ -400,22 +507,31 @@ def _file_name(image: Mapping[str, Any]) -> str:
     return name
 
 
+def _box(annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """An object's x, y, width, height.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    box = annotation["bbox"]
+    try:
+        if len(box) != 4 or not max(map(abs, box)) <= FARTHEST_PX or sum(box) != sum(box):
+            raise ValueError
+        x, y, width, height = box
+        return x, y, width, height
+    except (TypeError, ValueError):
+        who = f"annotation {annotation['id']}"
+        raise ValueError(f"{who} has the bbox {shown(box)}: not x, y, width, height") from None
+
+
 def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Segmentation:
     """An object's polygons of three or more points, or its RLE; empty if it has neither.
 
     Raises:
-        ValueError: the box or the mask is damaged, or an object with an extent has no mask.
+        ValueError: the mask is damaged.
     """
-    box, value, who = annotation["bbox"], annotation.get("segmentation"), f"annotation {annotation['id']}"
-    try:
-        if len(box) != 4 or not max(map(abs, box)) <= FARTHEST_PX or sum(box) != sum(box):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{who} has the bbox {shown(box)}: not x, y, width, height") from None
+    value, who = annotation.get("segmentation"), f"annotation {annotation['id']}"
     if not value:
-        if min(box[2:]) > 0 and not annotation["iscrowd"]:
-            what = "Mask R-CNN learns from masks, boxes alone are not enough"
-            raise ValueError(f"{who} lacks 'segmentation': {what}")
         return []
     if isinstance(value, dict):
         return _rle(value, width, height, who)

@@ -7,30 +7,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from det_plugin.coco.annotations import CocoSplit, read_truth
+from det_plugin.coco.annotations import CocoSplit, box_polygon, read_truth
 from det_plugin.coco.masks import coco_api
+from det_plugin.protocol import DetectionProtocol
 from pretrain.distributed import is_main
 from pretrain.errors import UserError
 
-Prediction = dict[str, Any]  # category_id, bbox (x, y, width, height), score, segmentation (RLE), image_id
+# category_id, bbox (x, y, width, height), score, image_id; with masks segmentation (RLE)
+Prediction = dict[str, Any]
 # Our names of what COCOeval.stats holds first.
 SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
-def coco_metrics(annotations: Path, predictions: list[Prediction], crowds: str = "ignored") -> dict[str, Any]:
+def coco_metrics(
+    annotations: Path, predictions: list[Prediction], crowds: str = "ignored", masks: str = "auto"
+) -> dict[str, Any]:
     """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` /
     ``_large``, ``box_ap_classes`` (by name), and the same for masks. Metrics without ground truth are left
     out.
 
     Args:
         annotations: COCO instances file.
-        crowds: ``ignored`` | ``objects``.
+        crowds, masks: fields of the protocol. Without masks, predictions need none.
     """
     metrics: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _indexed(read_truth(annotations, crowds))
+        content = read_truth(annotations, crowds, masks)
+        truths = {"box": content, "mask": None if masks == "off" else _of_masks(content)}
         for kind, iou_type in KINDS.items():
+            if (own := truths[kind]) is None:
+                continue
+            truth = _indexed(own)
             evaluation = coco_api().COCOeval(truth, _results(truth, predictions, iou_type), iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -47,7 +55,23 @@ def coco_metrics(annotations: Path, predictions: list[Prediction], crowds: str =
     return metrics
 
 
-def check_evaluation(split: CocoSplit, crowds: str) -> None:
+def _of_masks(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The truth that masks are counted against: objects that only have a box are ignored regions, which no
+    detection in them is right or wrong for. None where no object has a mask."""
+    annotations = content["annotations"]
+    alone = [a.get("box_alone", False) for a in annotations]
+    if any(alone) and all(is_alone or a["iscrowd"] for is_alone, a in zip(alone, annotations)):
+        return None
+    changed = []
+    for a, is_alone in zip(annotations, alone):
+        if is_alone:
+            x, y, w, h = a["bbox"]
+            a = {**a, "iscrowd": 1, "segmentation": [box_polygon((x, y, x + w, y + h))]}
+        changed.append(a)
+    return {**content, "annotations": changed}
+
+
+def check_evaluation(split: CocoSplit, protocol: DetectionProtocol) -> None:
     """Evaluate empty predictions on the main process: what breaks the metrics shows before a training.
 
     Raises:
@@ -56,7 +80,7 @@ def check_evaluation(split: CocoSplit, crowds: str) -> None:
     if not is_main():
         return
     try:
-        coco_metrics(split.file, [], crowds)
+        coco_metrics(split.file, [], protocol.crowds, protocol.masks)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises whatever comes
@@ -86,9 +110,11 @@ def _results(truth: Any, predictions: list[Prediction], iou_type: str) -> Any:
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """One line for people. A metric without ground truth is ``nan``."""
+    """One line for people. A metric without ground truth is ``nan``; masks that were not looked for have none."""
     parts = []
     for kind in KINDS:
+        if kind == "mask" and not any(key.startswith("mask_") for key in metrics):
+            continue
         names = {name: name.removeprefix("ap_").replace("ap", "AP") for name in SUMMARY}
         mean, *others = (f"{names[n]} {metrics.get(f'{kind}_{n}', math.nan):.2f}" for n in SUMMARY)
         parts.append(f"{kind} {mean} ({', '.join(others)})")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import check_image_size
+from detectron2.data.detection_utils import annotations_to_instances, check_image_size
 from detectron2.data.transforms import AugInput
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, PolygonMasks
 
 from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_split
 from det_plugin.coco.masks import Segmentation, as_rle, clip, coco_api
@@ -42,7 +42,7 @@ def coco_dicts(
     num_classes: int,
     filter_empty: bool,
     share: float = 1.0,
-    crowds: str = "ignored",
+    **reading: Any,
 ) -> list[dict[str, Any]]:
     """Detectron2's standard dicts of a split.
 
@@ -50,21 +50,20 @@ def coco_dicts(
         num_classes: of the model; the data must have as many categories.
         filter_empty: leave out images and objects that nothing can be learned from.
         share: of the images to use; every run uses the same ones.
-        crowds: ``ignored`` | ``objects``.
+        reading: ``crowds``, ``masks``, ``keep_empty`` of the protocol.
 
     Raises:
         UserError: as :func:`det_plugin.coco.annotations.read_split`.
     """
-    how = dict[str, Any](num_classes=num_classes, training=filter_empty, share=share, crowds=crowds)
+    how = dict[str, Any](num_classes=num_classes, training=filter_empty, share=share, **reading)
     found = read_split(coco_root(root), split, **how)
-    return [_standard_dict(found, picture) for picture in found.pictures]
+    make = _boxes_dict if reading.get("masks") == "off" else _standard_dict
+    return [make(found, picture) for picture in found.pictures]
 
 
-def train_images(
-    root: str | Path | None, num_classes: int, share: float, crowds: str = "ignored"
-) -> int | None:
+def train_images(root: str | Path | None, num_classes: int, share: float, **reading: Any) -> int | None:
     """How many images training uses; None on a machine that only has the data for evaluation."""
-    how = dict[str, Any](num_classes=num_classes, training=True, share=share, crowds=crowds)
+    how = dict[str, Any](num_classes=num_classes, training=True, share=share, **reading)
     try:
         return len(read_split(coco_root(root), "train", **how).pictures)
     except UserError:
@@ -72,9 +71,9 @@ def train_images(
 
 
 def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
-    size = {"height": picture.height, "width": picture.width}
     objects = []
-    for k, segmentation in zip(picture.classes, picture.segmentations):
+    masked = picture.masked or [True] * len(picture.classes)
+    for k, segmentation, has_mask in zip(picture.classes, picture.segmentations, masked):
         if isinstance(segmentation, dict):
             segmentation = as_rle(segmentation, picture.height, picture.width)
         else:
@@ -82,8 +81,21 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
         if segmentation:
             shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
             objects.append({"category_id": k, "iscrowd": 0, **shape})
-    name = str(split.folder / picture.file_name)
-    return {"file_name": name, "image_id": picture.id, **size, "annotations": objects}
+            if picture.masked:
+                objects[-1]["has_mask"] = has_mask
+    return _picture_dict(split, picture, objects)
+
+
+def _boxes_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
+    """Boxes without masks. The mapper cuts them at the image's edges."""
+    same = {"iscrowd": 0, "bbox_mode": BoxMode.XYXY_ABS}
+    pairs = zip(picture.classes, picture.boxes)
+    return _picture_dict(split, picture, [{"category_id": k, "bbox": list(box), **same} for k, box in pairs])
+
+
+def _picture_dict(split: CocoSplit, picture: Picture, objects: list[dict[str, Any]]) -> dict[str, Any]:
+    file = {"file_name": str(split.folder / picture.file_name), "image_id": picture.id}
+    return {**file, "height": picture.height, "width": picture.width, "annotations": objects}
 
 
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
@@ -140,6 +152,24 @@ class CocoMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
-        has_rle = any(isinstance(a["segmentation"], dict) for a in dataset_dict["annotations"])
+        annotations = dataset_dict["annotations"]
+        if not annotations:  # Detectron2 would look for the masks of nothing
+            del dataset_dict["annotations"]
+            instances = dataset_dict["instances"] = annotations_to_instances([], image_shape)
+            if self.use_instance_mask:
+                instances.gt_masks = PolygonMasks([])
+            return
+        has_rle = any(isinstance(a.get("segmentation"), dict) for a in annotations)
         self.instance_mask_format = "bitmask" if has_rle else "polygon"
+        has_mask = [a.pop("has_mask", True) for a in annotations]
+        if all(has_mask):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        kinds = [a["category_id"] for a in annotations]
+        for number, own in enumerate(annotations):  # says which of them stay
+            own["category_id"] = number
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+        instances = dataset_dict["instances"]
+        stayed = instances.gt_classes
+        instances.gt_classes = torch.tensor(kinds)[stayed]
+        instances.gt_has_mask = torch.tensor(has_mask)[stayed]

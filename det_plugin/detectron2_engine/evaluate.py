@@ -24,7 +24,7 @@ from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.catalog import coco_root, train_images
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.loader import batches
-from det_plugin.protocol import deviations, other_images, protocol
+from det_plugin.protocol import READING, deviations, other_images, protocol
 from det_plugin.run import DetectionRun
 from det_plugin.run import leave_result as left_result
 from pretrain import distributed
@@ -41,7 +41,7 @@ NO_RECIPE = (*saved.SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
 
 class ResultEvaluator(DatasetEvaluator):
-    """Box and mask AP of the validation split, as the torchvision engine computes it.
+    """Box AP, and with masks mask AP, of the validation split, as the torchvision engine computes it.
 
     In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes
     it for the checkpoint that it was given. The wall time is the process's; in our loop it is the whole
@@ -71,7 +71,7 @@ class ResultEvaluator(DatasetEvaluator):
         classes: Mapping[int, str] | None = None,
     ) -> None:
         self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
-        self.crowds = str(overrides.get("crowds", "ignored"))
+        self.reading = {key: overrides[key] for key in READING if key in overrides}
         self.category_ids = list(read_classes(coco_root(root), "val"))
         self.found: list[Prediction] = []
         self.metrics: dict[str, Any] = {}  # of the last evaluation, by our names
@@ -87,24 +87,28 @@ class ResultEvaluator(DatasetEvaluator):
                 self.found.append({**own, "category_id": self.category_ids[own["category_id"]]})
 
     def evaluate(self) -> dict[str, Any]:
-        """Detectron2's results, ``{"bbox": {"AP": ...}, "segm": ...}``; {} on all ranks but the first."""
+        """Detectron2's results, ``{"bbox": {"AP": ...}, "segm": ...}`` or ``bbox`` alone; {} on all ranks but
+        the first."""
         found = [prediction for part in comm.gather(self.found) for prediction in part]
         if not comm.is_main_process():
             return {}
         write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
-        metrics = self.metrics = coco_metrics(self.file, found, self.crowds)
+        how = {key: value for key, value in self.reading.items() if key in ("crowds", "masks")}
+        metrics = self.metrics = coco_metrics(self.file, found, **how)
         cfg = saved.load_config(self.folder, saved.ASKED, trust=True)  # the launcher has just written it
         if has_event_storage():
             LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
             share = cfg.dataloader.train.dataset.get("share", 1.0)
-            how = cfg.model.roi_heads.num_classes, share, self.crowds
-            trained_on = train_images(cfg.dataloader.root, *how)
+            trained_on = train_images(
+                cfg.dataloader.root, cfg.model.roi_heads.num_classes, share, **self.reading
+            )
             images = trained_on, len(read_json(self.file)["images"])
             leave_result(cfg, metrics, images, self.folder)
         log(in_words(metrics))
-        results: dict[str, Any] = {task: {} for task in KINDS.values()}
-        for (kind, task), (name, key) in product(KINDS.items(), NAMES.items()):
+        kinds = {kind: task for kind, task in KINDS.items() if f"{kind}_ap_classes" in metrics}
+        results: dict[str, Any] = {task: {} for task in kinds.values()}
+        for (kind, task), (name, key) in product(kinds.items(), NAMES.items()):
             if f"{kind}_{name}" in metrics:
                 results[task][key] = metrics[f"{kind}_{name}"]
         return results

@@ -33,7 +33,13 @@ from omegaconf import DictConfig
 
 from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts
 from det_plugin.detectron2_engine.loader import TrainLoader
-from det_plugin.detectron2_engine.model import FEATURE, BFloat16RCNN, PaddedPyramid, RegistryBackbone
+from det_plugin.detectron2_engine.model import (
+    FEATURE,
+    BFloat16RCNN,
+    MixedROIHeads,
+    PaddedPyramid,
+    RegistryBackbone,
+)
 from det_plugin.detectron2_engine.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, deviations, protocol
@@ -153,7 +159,7 @@ def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> D
 
 def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
     pooler = dict(scales=[1 / stride for stride in strides], sampling_ratio=0, pooler_type="ROIAlignV2")
-    return L(StandardROIHeads)(
+    heads = L(MixedROIHeads if p.masks == "on" else StandardROIHeads)(
         num_classes=p.num_classes,
         batch_size_per_image=p.roi_batch_per_image,
         positive_fraction=p.roi_positive_fraction,
@@ -176,15 +182,17 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
             test_nms_thresh=p.nms,
             test_topk_per_image=p.detections_per_image,
         ),
-        mask_in_features=levels,
-        mask_pooler=L(ROIPooler)(output_size=p.mask_pool, **pooler),
-        mask_head=L(MaskRCNNConvUpsampleHead)(
+    )
+    if p.has_masks:
+        heads.mask_in_features = levels
+        heads.mask_pooler = L(ROIPooler)(output_size=p.mask_pool, **pooler)
+        heads.mask_head = L(MaskRCNNConvUpsampleHead)(
             input_shape=L(ShapeSpec)(channels=p.channels, height=p.mask_pool, width=p.mask_pool),
             num_classes="${..num_classes}",
             conv_dims=[p.channels] * (p.mask_convs + 1),  # the last is the deconvolution's
             conv_norm=p.norm,
-        ),
-    )
+        )
+    return heads
 
 
 def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
@@ -211,11 +219,10 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
     """Large-scale jitter in training, one size in testing. Data are read when the loaders are built."""
     size = p.image_size_px
-    crowds = {} if p.crowds == "ignored" else {"crowds": p.crowds}  # older configs have no such key
 
     def dataset(split: str, **how: Any) -> DictConfig:
         return L(coco_dicts)(
-            root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how, **crowds
+            root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how, **p.reading
         )
 
     jitter = [
@@ -226,7 +233,11 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
         L(T.FixedSizeCrop)(crop_size=[size, size], pad=False),
     ]
     mapper = L(CocoMapper)(
-        is_train=True, augmentations=jitter, image_format="RGB", use_instance_mask=True, recompute_boxes=True
+        is_train=True,
+        augmentations=jitter,
+        image_format="RGB",
+        use_instance_mask=p.has_masks,
+        recompute_boxes=p.has_masks,
     )
     resize = [L(T.ResizeShortestEdge)(short_edge_length=size, max_size=size)]
     return DictConfig(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from detectron2.modeling import Backbone, GeneralizedRCNN, SimpleFeaturePyramid
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Instances
 from torch import Tensor
 
 from det_plugin.features import FeatureOptions, detection_features, prepare
@@ -96,3 +98,15 @@ class BFloat16RCNN(GeneralizedRCNN):
         enabled = self.training and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             return super().forward(batched_inputs)
+
+
+class MixedROIHeads(StandardROIHeads):
+    """Detectron2's heads, for data where some objects have a mask and some only a box.
+
+    The mask head learns from proposals of objects whose ``gt_has_mask`` is true; without that field from all.
+    """
+
+    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]) -> Any:
+        if self.training:
+            instances = [own[own.gt_has_mask] if own.has("gt_has_mask") else own for own in instances]
+        return super()._forward_mask(features, instances)

@@ -53,7 +53,7 @@ def detector(run: Path, device: torch.device, trust: bool = False) -> tuple[Any,
             inputs.append({"image": to_tensor(seen.image), "height": image.shape[0], "width": image.shape[1]})
         results = [instances_to_coco_json(output["instances"].to("cpu"), 0) for output in model(inputs)]
         return [
-            [{"category_id": ids[r["category_id"]], **{key: r[key] for key in kept}} for r in own]
+            [{"category_id": ids[r["category_id"]], **{key: r[key] for key in kept if key in r}} for r in own]
             for own in results
         ]
 

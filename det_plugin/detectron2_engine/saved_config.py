@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from det_plugin.coco.annotations import read_classes
 from det_plugin.detectron2_engine.catalog import coco_root
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.model import ORIGINS, BFloat16RCNN
+from det_plugin.detectron2_engine.model import ORIGINS, BFloat16RCNN, MixedROIHeads
 from det_plugin.detectron2_engine.trainer import LAST
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
@@ -127,7 +127,7 @@ def _texts(value: Any, key: str, name: Any = None) -> Iterator[tuple[str, Any, A
 @functools.cache
 def _targets() -> list[str]:
     """The targets that :func:`lazy.config` writes, short and in full."""
-    found, name = [BFloat16RCNN, GeneralizedRCNN], "vit_tiny_patch16"
+    found, name = [BFloat16RCNN, GeneralizedRCNN, MixedROIHeads], "vit_tiny_patch16"
 
     def collect(value: Any) -> None:
         if isinstance(value, dict):

@@ -59,7 +59,7 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     data = Data.read(run.data, recipe)  # finds damage before the first iteration
-    check_evaluation(data.val, recipe.crowds)
+    check_evaluation(data.val, recipe)
     # All ranks look before a file is written; one decides
     if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
@@ -89,10 +89,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     if saved.classes_in(cfg) != read_classes(data, "val"):
         raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     recipe = saved.protocol_in(cfg)
-    how = dict[str, Any](num_classes=None, training=False, crowds=recipe.crowds)
+    how = dict[str, Any](num_classes=None, training=False, **recipe.reading)
     split = read_split(data, "val", **how)
     split.tell()
-    check_evaluation(split, recipe.crowds)
+    check_evaluation(split, recipe)
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(data), str(output), on
     cfg.dataloader.test.num_workers = workers
     cfg.train.init_checkpoint = str(last)

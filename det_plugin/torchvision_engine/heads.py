@@ -1,4 +1,4 @@
-"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time
+"""Box and mask heads, or box heads alone: torchvision's matching and sampling around Detectron2's layers, losses and test-time
 filtering."""
 
 from typing import Any
@@ -100,7 +100,7 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 class DetectionHeads(RoIHeads):
-    """Second stage: boxes and masks of the proposals."""
+    """Second stage: boxes of the proposals, and masks where the protocol has them."""
 
     def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
         super().__init__(
@@ -115,14 +115,14 @@ class DetectionHeads(RoIHeads):
             score_thresh=protocol.score_threshold,
             nms_thresh=protocol.nms,
             detections_per_img=protocol.detections_per_image,
-            mask_roi_pool=RoIPooler(protocol.mask_pool, strides),
-            mask_head=MaskHead(protocol),
+            mask_roi_pool=RoIPooler(protocol.mask_pool, strides) if protocol.has_masks else None,
+            mask_head=MaskHead(protocol) if protocol.has_masks else None,
         )
         self.box_coder = BoxCoder(protocol.box_weights)
 
     def has_mask(self) -> bool:
-        """True: torchvision looks for a separate mask predictor, but ours is part of the head."""
-        return True
+        """torchvision looks for a separate mask predictor, but ours is part of the head."""
+        return self.mask_head is not None
 
     def forward(
         self,
@@ -136,24 +136,26 @@ class DetectionHeads(RoIHeads):
         Args:
             features: the pyramid's maps; the last, max-pooled level is not used.
             proposals, image_shapes: [R_i, 4] pixels; (height, width) without padding.
-            targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks``, [M, h, w] uint8 or
-                :class:`masks.Polygons`.
+            targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, for a mask head ``masks``, [M, h, w]
+                uint8 or :class:`masks.Polygons`, and perhaps ``has_mask`` [M] bool: which of them teach.
 
         Returns:
-            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities
-            under the box; and ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
+            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], of a mask head ``masks`` [N, 1, s, s]
+            probabilities under the box; and ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         maps = list(features.values())[:-1]
         if self.training:
             return [], self._losses(maps, proposals, targets)
         logits, offsets = self.box_head(self.box_roi_pool(maps, proposals))
         found = self.postprocess_detections(logits, offsets, proposals, image_shapes)
-        mask_logits = self.mask_head(self.mask_roi_pool(maps, found[0]))
-        classes = torch.cat(found[2]) - 1
-        own = mask_logits[torch.arange(len(classes), device=classes.device), classes].sigmoid()
-        masks = own[:, None].split([len(boxes) for boxes in found[0]])
-        detections = zip(*found, masks)
-        return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
+        detections = [dict(boxes=b, scores=s, labels=c) for b, s, c in zip(*found)]
+        if self.has_mask():
+            mask_logits = self.mask_head(self.mask_roi_pool(maps, found[0]))
+            classes = torch.cat(found[2]) - 1
+            own = mask_logits[torch.arange(len(classes), device=classes.device), classes].sigmoid()
+            for detection, masks in zip(detections, own[:, None].split([len(boxes) for boxes in found[0]])):
+                detection["masks"] = masks
+        return detections, {}
 
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
@@ -183,8 +185,14 @@ class DetectionHeads(RoIHeads):
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_head(self.box_roi_pool(maps, proposals))
         loss_cls, loss_box = box_losses(logits, deltas, torch.cat(labels), torch.cat(offsets))
+        losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box}
+        if not self.has_mask():
+            return losses
 
         objects = [torch.where(label > 0)[0] for label in labels]
+        for i, target in enumerate(targets):
+            if "has_mask" in target:
+                objects[i] = objects[i][target["has_mask"][matched[i][objects[i]]]]
         boxes = [proposal[o] for proposal, o in zip(proposals, objects)]
         mask_logits = self.mask_head(self.mask_roi_pool(maps, boxes))
         wanted = [
@@ -193,4 +201,4 @@ class DetectionHeads(RoIHeads):
         ]
         classes = torch.cat([label[o] for label, o in zip(labels, objects)])
         loss_mask = mask_loss(mask_logits, classes, torch.cat(wanted))
-        return {"loss_cls": loss_cls, "loss_box_reg": loss_box, "loss_mask": loss_mask}
+        return {**losses, "loss_mask": loss_mask}

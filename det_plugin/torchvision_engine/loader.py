@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from det_plugin.augment import evaluation_geometry, jitter, objects_of
+from det_plugin.augment import boxes_of_objects, evaluation_geometry, jitter, objects_of
 from det_plugin.coco.annotations import CocoSplit
 from det_plugin.loader import AUGMENT, Sample, to_tensor, with_substitute
 from det_plugin.protocol import DetectionProtocol
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and
-    ``masks``: :class:`det_plugin.coco.masks.Polygons` or [M, h, w]."""
+    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and of
+    a protocol with masks ``masks``: :class:`det_plugin.coco.masks.Polygons` or [M, h, w], and where an object
+    of the image has none ``has_mask`` [M]."""
 
     def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
         self.split, self.protocol, self.seed = split, protocol, seed
@@ -29,12 +30,20 @@ class TrainSamples(Dataset[Sample]):
         picture = self.split.pictures[index]
         rng = np.random.default_rng([self.seed, AUGMENT, position])
         geometry = jitter((picture.width, picture.height), self.protocol, rng)
-        boxes, classes, masks = objects_of(geometry, picture.classes, picture.segmentations)
+        own: dict[str, Any] = {}
+        if self.protocol.has_masks:
+            every = range(len(picture.classes))
+            boxes, kept, own["masks"] = objects_of(geometry, every, picture.segmentations)
+            classes = np.asarray(picture.classes, np.int64)[kept]
+            if picture.masked:
+                own["has_mask"] = torch.from_numpy(np.asarray(picture.masked)[kept])
+        else:
+            boxes, classes = boxes_of_objects(geometry, picture.classes, picture.boxes)
         return {
             "image": to_tensor(geometry.pixels(self.split.load(picture))),
             "boxes": torch.from_numpy(boxes),
             "labels": torch.from_numpy(classes + 1),  # 0 is background
-            "masks": masks,
+            **own,
         }
 
 
@@ -57,4 +66,5 @@ def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor]
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
     images = [move(sample["image"]) for sample in samples]
-    return images, [{key: move(sample[key]) for key in ("boxes", "labels", "masks")} for sample in samples]
+    keys = ("boxes", "labels", "masks", "has_mask")
+    return images, [{key: move(own[key]) for key in keys if key in own} for own in samples]

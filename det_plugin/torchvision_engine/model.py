@@ -1,4 +1,4 @@
-"""Mask R-CNN on a plain ViT: torchvision's frame, Detectron2's definitions.
+"""Mask R-CNN, or Faster R-CNN, on a plain ViT: torchvision's frame, Detectron2's definitions.
 
 Where torchvision differs from Detectron2, this engine follows Detectron2:
 
@@ -149,7 +149,7 @@ def build_model(
     """The detector around a backbone.
 
     In training, ``model(images, targets)`` gives the losses ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``,
-    ``loss_box_reg``, ``loss_mask``. In tests, ``model(images)`` gives :meth:`DetectionHeads.forward`'s
+    ``loss_box_reg``, and with masks ``loss_mask``. In tests, ``model(images)`` gives :meth:`DetectionHeads.forward`'s
     detections, in pixels of the resized image.
 
     Args:

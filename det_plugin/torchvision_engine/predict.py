@@ -92,7 +92,7 @@ def as_coco(
 
     Args:
         detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N],
-            ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
+            of a mask head ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
         resized, size: height, width of what the detector saw (without padding), and of the image.
     """
     scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
@@ -100,17 +100,17 @@ def as_coco(
     boxes = (detection["boxes"] * scale).clamp(min=0).minimum(limit)
     results = []
     for i in torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0].tolist():
-        rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
-        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 large ones would not fit into memory
-        mask[rows, columns] = (chances >= 0.5).numpy()
-        results.append(
-            {
-                "category_id": category_ids[int(detection["labels"][i]) - 1],
-                "bbox": [*boxes[i, :2].tolist(), *(boxes[i, 2:] - boxes[i, :2]).tolist()],
-                "score": float(detection["scores"][i]),
-                "segmentation": encode_mask(mask),
-            }
-        )
+        result = {
+            "category_id": category_ids[int(detection["labels"][i]) - 1],
+            "bbox": [*boxes[i, :2].tolist(), *(boxes[i, 2:] - boxes[i, :2]).tolist()],
+            "score": float(detection["scores"][i]),
+        }
+        if "masks" in detection:
+            rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
+            mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 large ones would not fit into memory
+            mask[rows, columns] = (chances >= 0.5).numpy()
+            result["segmentation"] = encode_mask(mask)
+        results.append(result)
     return results
 
 
@@ -182,4 +182,4 @@ def evaluate(
     if not is_main():
         return {}, predictions
     write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
-    return coco_metrics(split.file, predictions, protocol.crowds), predictions
+    return coco_metrics(split.file, predictions, protocol.crowds, protocol.masks), predictions

@@ -44,7 +44,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     check_seen(run.output)
     trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
-    check_evaluation(data.val, run.protocol.crowds)
+    check_evaluation(data.val, run.protocol)
     config = folder.resolved_config(run, trainer.vit, data.train)
     origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
     is_done = folder.is_over(run.output, config, resume)
@@ -90,10 +90,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     distributed.start(on.type)
     model, config, iteration = load_model(output)
     protocol = folder.protocol_of(config)
-    how = dict[str, Any](num_classes=protocol.num_classes, training=False, crowds=protocol.crowds)
+    how = dict[str, Any](num_classes=protocol.num_classes, training=False, **protocol.reading)
     split = read_split(data, "val", **how)
     split.tell()
-    check_evaluation(split, protocol.crowds)
+    check_evaluation(split, protocol)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
     total = len(split.pictures)

@@ -3,10 +3,10 @@
 posfield predict --run runs/det --images photos/ --output found
 
 OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and
-annotations with image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads
-it as it is. OUTPUT/pictures/ holds the images with masks, boxes, names and scores. Of a segmenter, OUTPUT/labels/
-holds a PNG an image, stored as the masks of its training data are, and OUTPUT/classes.txt says what the values
-mean. Images that cannot be read are named and skipped.
+annotations with image_id, category_id, bbox, area, segmentation (RLE; none where the run learned boxes alone),
+iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/pictures/ holds the images with masks, boxes, names
+and scores. Of a segmenter, OUTPUT/labels/ holds a PNG an image, stored as the masks of its training data are,
+and OUTPUT/classes.txt says what the values mean. Images that cannot be read are named and skipped.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from det_plugin.coco.masks import coco_api
+from det_plugin.coco.metrics import Prediction
 from det_plugin.figures import draw_prediction
 from det_plugin.predict import Detections, Detector, load_detector
 from det_plugin.run import engine_of
@@ -72,7 +73,7 @@ class Results:
         self.images.append({"id": number, "file_name": name, "height": height, "width": width})
         for prediction in found.results:
             whole = {"id": self.annotations + 1, "image_id": number, **prediction}
-            whole |= {"area": int(coco_api().mask.area(prediction["segmentation"])), "iscrowd": 0}
+            whole |= {"area": area_of(prediction), "iscrowd": 0}
             self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
             self.annotations += 1
 
@@ -86,6 +87,13 @@ class Results:
             put_in_place(self.partial, self.path)
         else:
             self.partial.unlink()
+
+
+def area_of(prediction: Prediction) -> float:
+    """In pixels: of the mask, or of the box of a prediction without one."""
+    if "segmentation" in prediction:
+        return int(coco_api().mask.area(prediction["segmentation"]))
+    return float(prediction["bbox"][2] * prediction["bbox"][3])
 
 
 def picture_paths(names: list[str], folder: Path, suffix: str = ".jpg") -> Iterator[Path]:

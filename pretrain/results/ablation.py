@@ -7,7 +7,16 @@ from typing import Any
 from pretrain.errors import UserError
 from pretrain.results.rows import Score, backbone_label
 from pretrain.results.schema import Protocol, Result
-from pretrain.results.tables import MEASURED, NONE, FootNotes, Line, Table, record, score_values
+from pretrain.results.tables import (
+    MEASURED,
+    NONE,
+    FootNotes,
+    Line,
+    Table,
+    record,
+    score_values,
+    shown_scores,
+)
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
 SCORE_KEYS = [f"{name}{end}" for name in (*METRICS, "box_ap_gain") for end in ("", "_std")]
@@ -40,10 +49,11 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
     _check_alike(rows)
     notes, lines, records = FootNotes(), [], []
     base = rows.get(reference, {})
+    metrics = shown_scores(METRICS, [trial.finetuning.metrics for trial in trials])
     start = next((trial.pretraining.protocol for trial in base.values()), None)
     for method, by_seed in rows.items():
         some = next(iter(by_seed.values()))
-        scores = {name: Score.of([trial.finetuning for trial in by_seed.values()], name) for name in METRICS}
+        scores = {name: Score.of([trial.finetuning for trial in by_seed.values()], name) for name in metrics}
         gain = None if method == reference else _gain(by_seed, base, "box_ap")
         changed = NONE if start is None else changes(start, some.pretraining.protocol)
         cells = [f"measured {MEASURED}", method, changed or NONE]
@@ -55,9 +65,11 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         for name, score in {**scores, "box_ap_gain": gain}.items():
             row |= score_values(name, score)
         records.append(record(["method", "changed", *SCORE_KEYS, "seeds"], row))
-    heads = (f"changed from {reference!r}", *METRICS.values(), "box AP against it")
+    heads = (f"changed from {reference!r}", *metrics.values(), "box AP against it")
     texts = _notes(rows, reference, notes)
-    return Table.of(title, ("source", "method", *heads, "seeds"), [lines], texts, range(3, 7), records)
+    return Table.of(
+        title, ("source", "method", *heads, "seeds"), [lines], texts, range(3, 4 + len(metrics)), records
+    )
 
 
 def changes(base: Protocol, other: Protocol) -> str:

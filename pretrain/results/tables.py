@@ -278,7 +278,20 @@ def comparison_table(
     texts = ["AP and mIoU in percent."]
     texts += ["Published: as printed in the paper, in the table that the note names."] * bool(printed)
     heads = ("detection protocol", "segmentation protocol")
-    return side_by_side("COCO and ADE20K", parts, SCORES, heads, keys, texts, "configuration")
+    found = [{name: row.score(name) for name in SCORES} for row in measured]
+    scores = shown_scores(SCORES, [*(row.scores for row in printed), *found])
+    return side_by_side("COCO and ADE20K", parts, scores, heads, keys, texts, "configuration")
+
+
+def shown_scores(scores: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """{score: its column}, without the masks' where all detectors of a table find boxes alone.
+
+    Args:
+        rows: each {score: value, or None}.
+    """
+    present = {name for row in rows for name, value in row.items() if value is not None}
+    are_boxes_alone = "box_ap" in present and "mask_ap" not in present
+    return {name: head for name, head in scores.items() if name != "mask_ap" or not are_boxes_alone}
 
 
 def is_elsewhere(result: Result) -> bool:
