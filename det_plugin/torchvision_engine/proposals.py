@@ -50,6 +50,8 @@ class RPNHead(TorchvisionHead):
 class ProposalNetwork(RegionProposalNetwork):
     """Proposals of every level, and the two losses of training, ``loss_rpn_cls`` and ``loss_rpn_loc``."""
 
+    batched_nms = staticmethod(batched_nms)
+
     def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
         low, high = protocol.rpn_thresholds
         super().__init__(
@@ -84,7 +86,7 @@ class ProposalNetwork(RegionProposalNetwork):
             solid = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
             boxes, own = boxes[solid], own[solid]
             scores = scores[own]
-            kept = batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
+            kept = self.batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 
