@@ -79,8 +79,8 @@ class ProposalNetwork(RegionProposalNetwork):
         """
         logits, found = objectness.detach().view(len(image_shapes), -1), []
         best = self._get_top_n_idx(logits, num_anchors_per_level)  # [B, n]
-        numbers = torch.tensor(num_anchors_per_level, device=logits.device)
-        level_of = torch.arange(len(numbers), device=logits.device).repeat_interleave(numbers)  # [A]
+        levels = [best.new_full((number,), i) for i, number in enumerate(num_anchors_per_level)]
+        level_of = torch.cat(levels)  # [A]
         for boxes, scores, own, shape in zip(proposals, logits, best, image_shapes):
             boxes = clip_boxes_to_image(boxes[own], shape)
             solid = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
