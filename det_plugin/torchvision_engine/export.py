@@ -95,7 +95,9 @@ class Exported(nn.Module):
         super().__init__()
         self.pad, self.image_size_px = model.transform, protocol.image_size_px
         self.options, self.pyramid = model.backbone.options, model.backbone.pyramid
-        self.rpn, self.heads, self.vit = (copy.copy(m) for m in (model.rpn, model.roi_heads, model.backbone.vit))
+        self.rpn, self.heads, self.vit = (
+            copy.copy(m) for m in (model.rpn, model.roi_heads, model.backbone.vit)
+        )
         self.rpn.batched_nms = traceable_nms(len(protocol.anchor_sizes_px))
         self.heads.batched_nms = traceable_nms(protocol.num_classes)
         grid = self.vit.grid_of((self.pad.size, self.pad.size))
@@ -224,7 +226,9 @@ def traceable_nms(n_classes: int) -> Callable[[Tensor, Tensor, Tensor, float], T
     know: few boxes are shifted, class by class, and so rounded; many are not."""
 
     def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
-        largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()  # boxes are clipped; there may be none
+        largest = torch.cat(
+            [boxes.flatten(), boxes.new_zeros(1)]
+        ).max()  # boxes are clipped; there may be none
         shift = classes.to(boxes) * (largest + 1)
         are_few = torch.scalar_tensor(boxes.shape[0], dtype=torch.int64) <= SHIFTED_BOXES
         boxes = boxes + torch.where(are_few, shift, 0.0)[:, None]
@@ -318,7 +322,9 @@ pasted = [paste(mask, box, *photo.shape[:2]) for own in masks for mask, box in z
 
 
 @torch.no_grad()
-def compare(model: GeneralizedRCNN, protocol: DetectionProtocol, category_ids: list[int], path: Path) -> Check:
+def compare(
+    model: GeneralizedRCNN, protocol: DetectionProtocol, category_ids: list[int], path: Path
+) -> Check:
     """Compare a file with its detector on images of blurred noise. A trained detector sees nothing there, so
     that both give their best detections, whatever the scores."""
     rng, checks, heads = np.random.default_rng(0), [], copy.copy(model.roi_heads)
@@ -369,7 +375,10 @@ def matches(expected: list[np.ndarray], found: list[np.ndarray], side_px: int) -
     for i in range(len(expected[0])):
         own = np.flatnonzero(found[2] == expected[2][i])
         each = [abs(found[0][own] - expected[0][i]).max(1, initial=0) / side_px]
-        each += [abs(y[own] - x[i]).reshape(len(own), -1).max(1, initial=0) for x, y in zip(expected[1::2], found[1::2])]
+        each += [
+            abs(y[own] - x[i]).reshape(len(own), -1).max(1, initial=0)
+            for x, y in zip(expected[1::2], found[1::2])
+        ]
         differences.append(np.max(each, axis=0).min(initial=np.inf))
     near = [difference for difference in differences if difference <= TOLERANCE]
     return Check(max(near, default=0.0), total, len(near))

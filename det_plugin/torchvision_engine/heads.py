@@ -155,7 +155,9 @@ class DetectionHeads(RoIHeads):
             mask_logits = self.mask_head(self.mask_roi_pool(maps, found[0]))
             classes = torch.cat(found[2]) - 1
             own = mask_logits[torch.arange(classes.shape[0], device=classes.device), classes].sigmoid()
-            for detection, masks in zip(detections, own[:, None].split([boxes.shape[0] for boxes in found[0]])):
+            for detection, masks in zip(
+                detections, own[:, None].split([boxes.shape[0] for boxes in found[0]])
+            ):
                 detection["masks"] = masks
         return detections, {}
 
@@ -167,7 +169,9 @@ class DetectionHeads(RoIHeads):
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """
         counts = [own.shape[0] for own in proposals]
-        decoded = self.box_coder.decode_single(box_regression, torch.cat(proposals)).reshape(*class_logits.shape, 4)
+        decoded = self.box_coder.decode_single(box_regression, torch.cat(proposals)).reshape(
+            *class_logits.shape, 4
+        )
         all_boxes = decoded[:, 1:].split(counts)  # without the background
         all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)
         boxes, scores, labels = [], [], []
