@@ -8,6 +8,7 @@ Masks come as the head makes them, [N, s, s] under their boxes, as in the Mask R
 code that :func:`usage` gives pastes those that are kept.
 """
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -47,7 +48,8 @@ SHIFTED_BOXES = 1000
 # A landscape, a portrait and a small image: height, width in pixels
 CHECKED_SIZES = ((240, 320), (400, 150), (40, 56))
 TOLERANCE = 1e-3  # of scores and probabilities, and of boxes as a share of the image's longer side
-# Rounding may lift a detection over a threshold, or one box over another's IoU
+# Rounding may lift a detection over a threshold, or one box over another's IoU. A wrong level of the pyramid
+# may change no more than a twentieth.
 MAY_BE_MISSED = 0.02
 
 
@@ -91,6 +93,8 @@ def export_detector(run: Path, path: Path, told: Mapping[str, Any]) -> Check:
 class Exported(nn.Module):
     """The network that is traced. It shares all weights with the model, which stays as it is."""
 
+    category_ids: Tensor
+
     def __init__(self, model: GeneralizedRCNN, protocol: DetectionProtocol, category_ids: list[int]) -> None:
         super().__init__()
         self.pad, self.image_size_px = model.transform, protocol.image_size_px
@@ -105,13 +109,13 @@ class Exported(nn.Module):
             positions, buckets = self.vit.positions(grid).clone(), self.vit.buckets(grid)
         self.vit.positions = lambda grid, boxes, flips: positions
         self.vit.buckets = lambda grid: buckets
-        self.register_buffer("category_ids", torch.tensor(category_ids))
+        self.register_buffer("category_ids", torch.tensor(category_ids))  # [K]
 
     def forward(self, image: Tensor, min_score: Tensor) -> tuple[Tensor, ...]:
         """uint8 RGB [1, 3, H, W] and [1] -> boxes [N, 4] in pixels (x0, y0, x1, y1), scores [N], category ids
         [N], and of a mask head probabilities [N, s, s] under the boxes; best first."""
-        size = image.shape[2:]
-        resized = resized_sides(size, self.image_size_px)
+        height, width = image.shape[2:]
+        resized = resized_sides((height, width), self.image_size_px)
         levels = resize(image[0].double(), resized, self.pad.size).float()
         place = torch.arange(self.pad.size)
         is_image = (place < resized[0])[:, None] & (place < resized[1])
@@ -123,7 +127,7 @@ class Exported(nn.Module):
         heads.score_thresh = min_score
         (found,), _ = heads(maps, proposals, [shape])
 
-        boxes, kept = in_own_pixels(found["boxes"], resized, _sides(size))
+        boxes, kept = in_own_pixels(found["boxes"], resized, _sides((height, width)))
         outputs = boxes[kept], found["scores"][kept], self.category_ids[found["labels"][kept] - 1]
         return (*outputs, found["masks"][kept, 0]) if "masks" in found else outputs
 
@@ -133,12 +137,12 @@ def _sides(size: Size) -> Tensor:
     return torch.stack([torch.scalar_tensor(side, dtype=torch.float64) for side in size])
 
 
-def _number(side: Tensor, most: int) -> int:
+def _number(side: Tensor, most: int) -> Any:
     """A symbol for a side, from 1 to ``most``."""
     number = side.item()
     torch._check(number >= 1)
     torch._check(number <= most)
-    return number  # type: ignore[no-any-return]
+    return number
 
 
 def resized_sides(size: Size, image_size_px: int) -> Tensor:
@@ -211,7 +215,9 @@ def _(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 def _onnx_nms_of_each(boxes: Any, scores: Any, threshold: float) -> Any:
     """:func:`nms_of_each` as ONNX's operator, which gives rows (image, class, box)."""
-    from onnxscript import opset18
+    from onnxscript import opset18 as imported
+
+    opset18: Any = imported  # its stub knows other arguments
 
     def ints(*values: int) -> Any:
         return opset18.Constant(value_ints=values)
@@ -227,9 +233,8 @@ def traceable_nms(n_classes: int) -> Callable[[Tensor, Tensor, Tensor, float], T
     know: few boxes are shifted, class by class, and so rounded; many are not."""
 
     def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
-        largest = torch.cat(
-            [boxes.flatten(), boxes.new_zeros(1)]
-        ).max()  # boxes are clipped; there may be none
+        # Boxes are clipped, so that none is below 0; there may be no box
+        largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
         shift = classes.to(boxes) * (largest + 1)
         are_few = torch.scalar_tensor(boxes.shape[0], dtype=torch.int64) <= SHIFTED_BOXES
         boxes = boxes + torch.where(are_few, shift, 0.0)[:, None]
@@ -263,6 +268,7 @@ def write_onnx(network: Exported, path: Path, about: Mapping[str, Any]) -> None:
     assert program is not None
     graph = program.model.graph
     for output in graph.outputs:
+        assert output.shape is not None
         output.shape = onnx_ir.Shape(["objects", *output.shape[1:]])
     threshold = graph.inputs.pop()
     threshold.const_value = onnx_ir.tensor(example[1].numpy(), name=MIN_SCORE)
@@ -287,9 +293,17 @@ def _description(
         "image_size_px": protocol.image_size_px,
         "backbone": model.backbone.vit.model_kwargs,
         "provenance": dict(told),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": _versions(),
         "usage": usage(name),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+            found[package] = metadata.version(package)
+    return found
 
 
 def usage(path: str) -> str:
@@ -340,7 +354,7 @@ def compare(
     least = min(scores.min(initial=1.0) for _, scores, *_ in expected) * 0.999
     session = open_onnx(path, least)
     found = [session.run(None, {INPUT: to_tensor(image)[None].numpy()}) for image in images]
-    checks = [matches(*pair, max(size)) for *pair, size in zip(expected, found, CHECKED_SIZES)]
+    checks = [matches(own, its, max(size)) for own, its, size in zip(expected, found, CHECKED_SIZES)]
     differences, totals, matched = zip(*checks)
     return Check(max(differences), sum(totals), sum(matched))
 

@@ -102,6 +102,7 @@ class RoIPooler(nn.Module):
 
     def forward(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """Maps [B, C, H_l, W_l], boxes [R_i, 4] (pixels) of each image -> [R, C, size, size], R over all."""
+        # shapes, not len: in an export numbers of boxes are symbols
         index = torch.cat([box.new_full((box.shape[0], 1), i) for i, box in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(boxes)], dim=1)  # [R, 5]
         lowest, size = self.strides[0].bit_length() - 1, self.output_size

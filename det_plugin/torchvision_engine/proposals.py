@@ -50,7 +50,7 @@ class RPNHead(TorchvisionHead):
 class ProposalNetwork(RegionProposalNetwork):
     """Proposals of every level, and the two losses of training, ``loss_rpn_cls`` and ``loss_rpn_loc``."""
 
-    batched_nms = staticmethod(batched_nms)
+    batched_nms = staticmethod(batched_nms)  # an export puts another in its place
 
     def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
         low, high = protocol.rpn_thresholds
