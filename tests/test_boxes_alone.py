@@ -4,6 +4,7 @@ drawn, in both engines."""
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from det_plugin.augment import boxes_of_objects, jitter
 from det_plugin.coco.annotations import Data
 from det_plugin.coco.masks import coco_api
 from det_plugin.coco.metrics import coco_metrics, in_words
-from det_plugin.figures import draw_page
+from det_plugin.figures import GAP_PX, HEADER_PX, SIDE_PX, color_of, draw_page
 from det_plugin.predict import load_detector
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
@@ -332,7 +333,7 @@ def detections(root, seed=0):
     return found
 
 
-def test_ap_of_boxes_is_pycocotools(boxes, pristine):
+def test_ap_of_boxes_is_pycocotools(boxes, pristine, monkeypatch):
     file, found = annotation_file(boxes, "val"), detections(boxes)
     assert len(found) > 4
     ours = coco_metrics(file, found, masks="off")
@@ -345,6 +346,11 @@ def test_ap_of_boxes_is_pycocotools(boxes, pristine):
     assert {key: ours[key] for key in expected} == expected and 1 < ours["box_ap"] < 99
     assert ours.keys() == {*expected, "box_ap_classes"}
     assert "box AP" in in_words(ours) and "mask" not in in_words(ours)
+    if importlib.util.find_spec("faster_coco_eval"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "pycocotools", None)
+            other = coco_metrics(file, found, masks="off")
+        assert other.keys() == ours.keys() and other["box_ap"] == pytest.approx(ours["box_ap"])
     # What is counted of boxes does not depend on the masks beside them.
     with_masks = [{**p, "segmentation": p["segmentation"]} for p in perfect(pristine)]
     both, alone = (
@@ -496,9 +502,15 @@ def test_pictures_of_boxes_alone_show_boxes(boxes, tmp_path):
     assert (
         pages[0].shape == pages[1].shape and 0.001 < (pages[0] != pages[1]).mean() < 0.05
     )  # lines and labels
-    picture = read(boxes, "val", False).pictures[0]  # of a run with masks: the box is drawn all the same
-    assert picture.segmentations == ([], []) and len(picture.boxes) == 2
-    assert draw_page(read(boxes, "val", False), [picture], [], tmp_path / "other.png").is_file()
+    picture, scale = split.pictures[0], SIDE_PX / 96
+    for kind, (x0, y0, x1, y1) in zip(picture.classes, picture.boxes):
+        for x, y in ((x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2), ((x0 + x1) / 2, y1)):
+            place = round(scale * y) + GAP_PX + HEADER_PX, round(scale * x) + GAP_PX
+            assert pages[1][place][::-1].tolist() == list(color_of(kind))
+    other = read(boxes, "val", False)  # as a run with masks reads it: the boxes are drawn all the same
+    assert other.pictures[0].segmentations == ([], [])
+    file = draw_page(other, list(other.pictures), [], tmp_path / "other.png")
+    assert np.array_equal(cv2.imread(str(file)), pages[1])
 
 
 def test_a_run_with_masks_is_evaluated_on_boxes_alone(boxes, pristine, tmp_path):

@@ -225,6 +225,7 @@ def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
 def words_of(run):
     """The command line of a run."""
     fields = {key: value for key, (_, value) in deviations(run.protocol, run.backbone).items()}
+    fields["keep_empty"] = run.protocol.keep_empty  # the command's own choice would be another one
     words = [f"{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for k, v in fields.items()]
     paths = [
         "--weights",

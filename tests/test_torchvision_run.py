@@ -611,6 +611,7 @@ def words_of(run, *more):
     fields = {
         key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]
     }
+    fields["keep_empty"] = run.protocol.keep_empty  # the command's own choice would be another one
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
     model_kwargs = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
     base = [
