@@ -1,5 +1,7 @@
 """A detector as one ONNX file: it finds what the detector finds on photographs, and needs none of our code."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -76,13 +78,13 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module", params=RECIPES)
 def exported(request, runs, tool, tmp_path_factory):
     """A run, the file that the tool made of it, and the code that the tool printed."""
-    path, printed = tmp_path_factory.mktemp("out") / "new" / "detector.onnx", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda *words: printed.append(" ".join(map(str, words))))
+    path, printed = tmp_path_factory.mktemp("out") / "new" / "detector.onnx", io.StringIO()
+    with contextlib.redirect_stdout(printed):
         tool.main(["--weights", str(runs[request.param]), "--detector", "--output", str(path)])
-    assert "300 of 300 detections as the detector's on images of three sizes" in printed[0]
+    summary, code = printed.getvalue().split("\n\n", 1)
+    assert "of 300 detections as the detector's on images of three sizes" in summary
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    return runs[request.param], path, printed[1]
+    return runs[request.param], path, code
 
 
 def photograph(kind):
@@ -238,6 +240,7 @@ def test_nms_rounds_as_torchvisions(tmp_path):
         extent[1::2, 0] = 30 + (torch.rand(number // 2, generator=generator) - 0.5) * 0.02  # IoU about 1/2
         given = torch.cat([corner, corner + extent], 1), torch.rand(number, generator=generator), pair % 80
         expected = batched_nms(*given, 0.5)
+        assert torch.equal(Suppress()(*given), expected)
         np.testing.assert_array_equal(run(*(x.numpy() for x in given)), expected.numpy())
         plain = torchvision_boxes._batched_nms_vanilla(*given, 0.5)
         shifted = torchvision_boxes._batched_nms_coordinate_trick(*given, 0.5)

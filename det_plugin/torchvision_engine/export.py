@@ -34,6 +34,7 @@ from pretrain.errors import ensure
 from pretrain.export.fixed_size import require
 from pretrain.export.programs import INPUT, OPSET
 from pretrain.files import replacing
+from pretrain.log import log
 
 MIN_SCORE = "min_score"  # name of the threshold in the file
 OUTPUTS = ("boxes", "scores", "labels", "masks")
@@ -76,8 +77,8 @@ def export_detector(run: Path, path: Path, told: Mapping[str, Any]) -> Check:
     ensure(path.suffix == ".onnx", f"output: a file of format onnx ends in .onnx, {path} does not")
     ensure(not path.is_dir(), f"output: format onnx is a file, and {path} is a folder")
     require("onnx", "onnx", "onnxscript", "onnxruntime")
-
     model, config, _ = load_model(run)
+    log(f"{run}: the detector is traced, written and compared, which takes a minute or more")
     model.eval()
     protocol, classes = folder.protocol_of(config), folder.classes_of(run, config)
     with replacing(path, path.with_name(f".partial-{path.name}")) as partial:
