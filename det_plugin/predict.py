@@ -10,7 +10,7 @@ import numpy as np
 from det_plugin.coco.masks import decode_rle
 from det_plugin.coco.metrics import Prediction
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.run import CONFIGS, engine_of
+from det_plugin.run import required_engine
 from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -120,9 +120,6 @@ def load_detector(run: str | Path, device: str = "auto", trust: bool = False) ->
     Raises:
         UserError: the folder holds no run or no checkpoint, its config would run code, or Detectron2 is needed and not installed.
     """
-    on, engine = choose_device(device), engine_of(Path(run))
-    if engine is None:
-        files = " nor ".join(CONFIGS.values())
-        raise UserError(f"{run} is no folder of a detection run: it holds neither {files}")
+    on, engine = choose_device(device), required_engine(Path(run))
     of_engine = importlib.import_module(f"det_plugin.{engine}_engine.predict")
     return Detector(*of_engine.detector(Path(run), on, trust))

@@ -23,6 +23,18 @@ def engine_of(folder: Path) -> str | None:
     return next((engine for engine, file in CONFIGS.items() if (folder / file).is_file()), None)
 
 
+def required_engine(folder: Path) -> str:
+    """:func:`engine_of` a folder that has to hold a run.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if engine := engine_of(folder):
+        return engine
+    files = " nor ".join(CONFIGS.values())
+    raise UserError(f"{folder} is no folder of a detection run: it holds neither {files}")
+
+
 @dataclass(frozen=True)
 class DetectionRun:
     """Everything that the outcome of a run depends on, and where it goes.

@@ -1,5 +1,8 @@
 """Box and mask heads, or box heads alone: torchvision's matching and sampling around Detectron2's layers, losses and test-time
-filtering."""
+filtering.
+
+Numbers of boxes are read from shapes: in an export they are symbols, and ``len`` asks for a number.
+"""
 
 from typing import Any
 
@@ -102,6 +105,8 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 class DetectionHeads(RoIHeads):
     """Second stage: boxes of the proposals, and masks where the protocol has them."""
 
+    batched_nms = staticmethod(batched_nms)  # an export puts another in its place
+
     def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
         super().__init__(
             box_roi_pool=RoIPooler(protocol.box_pool, strides),
@@ -152,8 +157,9 @@ class DetectionHeads(RoIHeads):
         if self.has_mask():
             mask_logits = self.mask_head(self.mask_roi_pool(maps, found[0]))
             classes = torch.cat(found[2]) - 1
-            own = mask_logits[torch.arange(len(classes), device=classes.device), classes].sigmoid()
-            for detection, masks in zip(detections, own[:, None].split([len(boxes) for boxes in found[0]])):
+            own = mask_logits[torch.arange(classes.shape[0], device=classes.device), classes].sigmoid()
+            of_each = [boxes.shape[0] for boxes in found[0]]
+            for detection, masks in zip(detections, own[:, None].split(of_each)):
                 detection["masks"] = masks
         return detections, {}
 
@@ -164,15 +170,16 @@ class DetectionHeads(RoIHeads):
 
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """
-        counts = [len(own) for own in proposals]
-        decoded = self.box_coder.decode(box_regression, proposals).reshape(*class_logits.shape, 4)
+        counts = [own.shape[0] for own in proposals]
+        decoded = self.box_coder.decode_single(box_regression, torch.cat(proposals))  # [R, 4 + 4K]
+        decoded = decoded.reshape(*class_logits.shape, 4)
         all_boxes = decoded[:, 1:].split(counts)  # without the background
         all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)
         boxes, scores, labels = [], [], []
         for own_boxes, own_scores, shape in zip(all_boxes, all_scores, image_shapes):
             row, kind = torch.where(own_scores > self.score_thresh)
             candidates, chances = clip_boxes_to_image(own_boxes[row, kind], shape), own_scores[row, kind]
-            kept = batched_nms(candidates, chances, kind, self.nms_thresh)[: self.detections_per_img]
+            kept = self.batched_nms(candidates, chances, kind, self.nms_thresh)[: self.detections_per_img]
             boxes.append(candidates[kept])
             scores.append(chances[kept])
             labels.append(kind[kept] + 1)

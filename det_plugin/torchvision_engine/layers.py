@@ -102,11 +102,12 @@ class RoIPooler(nn.Module):
 
     def forward(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """Maps [B, C, H_l, W_l], boxes [R_i, 4] (pixels) of each image -> [R, C, size, size], R over all."""
-        index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+        # shapes, not len: in an export numbers of boxes are symbols
+        index = torch.cat([box.new_full((box.shape[0], 1), i) for i, box in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(boxes)], dim=1)  # [R, 5]
         lowest, size = self.strides[0].bit_length() - 1, self.output_size
         levels = assign_levels(rois[:, 1:], lowest, lowest + len(self.strides) - 1) - lowest
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+        pooled = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], size, size)
         for i, (level_map, stride) in enumerate(zip(maps, self.strides)):
             here = torch.where(levels == i)[0]
             rows = roi_align(level_map, rois[here], size, 1 / stride, sampling_ratio=0, aligned=True)

@@ -95,11 +95,11 @@ def as_coco(
             of a mask head ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
         resized, size: height, width of what the detector saw (without padding), and of the image.
     """
-    scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
-    limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
-    boxes = (detection["boxes"] * scale).clamp(min=0).minimum(limit)
+    boxes, kept = in_own_pixels(
+        detection["boxes"], torch.tensor(resized), torch.tensor(size, dtype=torch.float64)
+    )
     results = []
-    for i in torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0].tolist():
+    for i in kept.tolist():
         result = {
             "category_id": category_ids[int(detection["labels"][i]) - 1],
             "bbox": [*boxes[i, :2].tolist(), *(boxes[i, 2:] - boxes[i, :2]).tolist()],
@@ -112,6 +112,21 @@ def as_coco(
             result["segmentation"] = encode_mask(mask)
         results.append(result)
     return results
+
+
+def in_own_pixels(boxes: Tensor, resized: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes of a resized image in pixels of the image, and which of them have an extent there.
+
+    Args:
+        boxes: [N, 4] float32, x0, y0, x1, y1.
+        resized, size: [2], height and width; the size as float64.
+
+    Returns:
+        [N, 4] float32 and [M] int64.
+    """
+    scale = (size / resized).float().flip(0).repeat(2)
+    boxes = (boxes * scale).clamp(min=0).minimum(size.float().flip(0).repeat(2))
+    return boxes, torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:

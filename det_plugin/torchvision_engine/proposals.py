@@ -50,6 +50,8 @@ class RPNHead(TorchvisionHead):
 class ProposalNetwork(RegionProposalNetwork):
     """Proposals of every level, and the two losses of training, ``loss_rpn_cls`` and ``loss_rpn_loc``."""
 
+    batched_nms = staticmethod(batched_nms)  # an export puts another in its place
+
     def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
         low, high = protocol.rpn_thresholds
         super().__init__(
@@ -77,14 +79,14 @@ class ProposalNetwork(RegionProposalNetwork):
         """
         logits, found = objectness.detach().view(len(image_shapes), -1), []
         best = self._get_top_n_idx(logits, num_anchors_per_level)  # [B, n]
-        numbers = torch.tensor(num_anchors_per_level, device=logits.device)
-        level_of = torch.arange(len(numbers), device=logits.device).repeat_interleave(numbers)  # [A]
+        levels = [best.new_full((number,), i) for i, number in enumerate(num_anchors_per_level)]
+        level_of = torch.cat(levels)  # [A]
         for boxes, scores, own, shape in zip(proposals, logits, best, image_shapes):
             boxes = clip_boxes_to_image(boxes[own], shape)
             solid = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
             boxes, own = boxes[solid], own[solid]
             scores = scores[own]
-            kept = batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
+            kept = self.batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 

@@ -24,7 +24,10 @@ COMMANDS = {
     "analyze segmentations": ("seg_plugin.cli.figures", "draw what a segmenter predicts"),
     "compare": ("posfield.cli.compare", "fine-tune many backbones alike, on one machine or a cluster"),
     "ablation": ("posfield.cli.ablation", "the paper's ablations"),
-    "export": ("posfield.cli.export", "write a backbone as ONNX, timm, Hugging Face, torchvision, ..."),
+    "export": (
+        "posfield.cli.export",
+        "write a backbone as ONNX, timm, Hugging Face, torchvision, ...; a detector as ONNX",
+    ),
     "table": ("pretrain.cli.table", "result.json of many runs -> a table, beside published results"),
     "report": ("pretrain.cli.report", "result.json of many runs -> one HTML page"),
     "submit": ("posfield.cli.submit", "start a command as a SLURM job that comes back until it is done"),

@@ -1,15 +1,20 @@
-"""Write a backbone as a file that needs none of this code, or in the format of another library.
+"""Write a backbone, or a whole detector, as a file that needs none of this code, or in another library's format.
 
 posfield export --weights run/backbone.safetensors --format onnx --size 1024 --output vit.onnx
 posfield export --weights run/backbone.safetensors --format huggingface --output folder
 posfield export --weights dino_deitsmall16_pretrain.pth --format posfield --output b.safetensors
 posfield export --weights runs/det --size 1024 --output tuned.pt2     (of a fine-tuned run)
+posfield export --weights runs/det --detector --output detector.onnx
 
 Formats: torch (.pt2) and onnx are programs of one image size; timm and huggingface are folders with a model
 card; torchvision and safetensors are tensors; posfield converts any other method's file to ours. The tool
 reads each file back with its library and compares it with the network before it keeps it. It prints how to
 load the file. Features are those after the final norm; images are RGB, normalized by the mean and std in the
 file.
+
+--detector writes the detector of a run of the torchvision engine as ONNX: a uint8 RGB image [1, 3, H, W] of any
+size in; boxes [N, 4] in its pixels, scores [N], category ids [N] and, where the run learned masks, [N, 28, 28]
+probabilities under the boxes out. Resizing, normalization and NMS are inside.
 """
 
 import argparse
@@ -17,7 +22,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from det_plugin.run import engine_of
+from det_plugin.run import engine_of, required_engine
 from pretrain.backbones.vit import ViT
 from pretrain.errors import TRUST_HELP, UserError, ensure
 from pretrain.export import FORMATS, export, model_card
@@ -62,13 +67,17 @@ def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resul
     for name in ("backbone", "source", "subnet", "patch_size", "results"):
         said = f"{options.weights} is a run's folder, which says all that itself"
         ensure(not getattr(options, name), f"--{name.replace('_', '-')}: {said}")
-    vit, file = backbone_of_run(options.weights, options.trust), options.weights / FILE_NAME
-    if not file.is_file():  # it has not ended
-        return vit, {}, []
-    own = read_result(file)
+    return backbone_of_run(options.weights, options.trust), *told_of(options.weights)
+
+
+def told_of(run: Path) -> tuple[dict[str, Any], list[Result]]:
+    """A run's provenance, and the results of the run itself."""
+    if not (run / FILE_NAME).is_file():  # it has not ended
+        return {}, []
+    own = read_result(run / FILE_NAME)
     keys = ("method", "effective_epochs", "weights_hash", "config_hash", "seed")
     told = {key: getattr(own, key) for key in keys}
-    return vit, {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
+    return {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
 
 
 def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
@@ -92,7 +101,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
     add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)")
-    add("--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s")
+    add("--detector", action="store_true", help="the detector of a run, as onnx, not its backbone alone")
+    add("--format", choices=[*FORMATS, "posfield"], help="default: torch, of a detector onnx")
     sides = f"side, or height and width ({DEFAULT_SIZE_PX})"
     add("--size", type=int, nargs="+", metavar="PX", help=sides)
     add("--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors, a folder")
@@ -105,7 +115,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     said = " ".join(map(str, options.size or []))
     ensure(len(options.size or [0]) <= 2, f"--size: one side, or height and width; not {said}")
-    if options.format == "posfield":
+    options.format = options.format or ("onnx" if options.detector else "torch")
+    if options.detector:
+        ensure(options.format == "onnx", f"--format: a detector is written as onnx, not as {options.format}")
+        for name in ("backbone", "source", "subnet", "patch_size", "size", "card", "results"):
+            option = f"--{name.replace('_', '-')}"
+            ensure(not getattr(options, name), f"{option}: has no effect on a detector; leave it out")
+    elif options.format == "posfield":
         for name in ("size", "card", "results"):
             ensure(not getattr(options, name), f"--{name}: has no effect on format posfield")
     else:
@@ -119,9 +135,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def write_detector(options: argparse.Namespace) -> None:
+    """Export a run's detector, and print how exact the file is and how to run it.
+
+    Raises:
+        UserError: there is no detection run, or Detectron2 trained it.
+    """
+    run, output = options.weights, options.output
+    if required_engine(run) == "detectron2":
+        way = "its tools/deploy/export_model.py exports models of its own; or train with --engine torchvision"
+        raise UserError(
+            f"--weights: {run} is a run of Detectron2's engine, whose detector is not exported here: {way}"
+        )
+    from det_plugin.torchvision_engine.export import export_detector, usage
+
+    told = told_of(run)[0] | given(options.method, options.effective_epochs)
+    check = export_detector(run, output, told)
+    found = f"{check.matched} of {check.total} detections as the detector's on images of three sizes"
+    print(f"{output}: {found}, largest difference {check.difference:.1e}\n")
+    print(usage(str(output)))
+
+
 def main(arguments: list[str]) -> None:
     """Parse, build, export, and print how exact the file is and how to load it."""
     options = parse(arguments)
+    if options.detector:
+        write_detector(options)
+        return
     is_run = options.weights.is_dir() and not any((options.weights / name).exists() for name in IN_FOLDER)
     vit, told, results = (of_run if is_run else of_file)(options)
     told |= given(options.method, options.effective_epochs)
