@@ -27,7 +27,9 @@ class BackboneSettings(Settings):
     patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)
     depth: int = setting(0, "blocks; 0: the name's own", ge=0, le=1024)
     n_registers: int = setting(0, "register tokens; 0: the name's own", ge=0, le=1024)
-    layer_scale_init: float = setting(1.0e-5, "initial value of LayerScale; 0: none", source="DINOv2", ge=0)
+    layer_scale_init: float = setting(
+        1.0e-5, "initial value of LayerScale; 0: none; weights have their own", source="DINOv2", ge=0
+    )
     drop_path: float = setting(
         0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9
     )

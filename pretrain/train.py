@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pretrain import checkpoints, distributed
+from pretrain import checkpoints, distributed, plan
 from pretrain.analysis.figures import training_images
 from pretrain.config import from_saved, load_config, run_protocol
 from pretrain.data import digest
@@ -21,7 +21,7 @@ from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError, enough
 from pretrain.evaluation.probes import Probes
 from pretrain.files import write_text
-from pretrain.log import ProgressLine, log
+from pretrain.log import ProgressLine, in_words, log
 from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
@@ -33,6 +33,8 @@ from pretrain.settings import as_dict, compared, flat, keys_where
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
+
+COLLAPSED_LINES = 5  # of the log; features of a few first iterations after the warm-up may be alike
 
 
 def train(
@@ -69,18 +71,23 @@ def train(
         images = dataset.source.digest() if distributed.is_main() else None
         if images and resume:
             images.begin()  # beside what follows
+        config = plan.fitted(config, dataset, device)
         trainer = Trainer(config, Length.of(config, len(dataset)))
         before = prepare(trainer, images, resume, data_changed)
         folder, total_iters = Path(config.run.output), trainer.length.total_iters
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
             log(f"{folder} is finished ({read_result(folder).created})")
             return folder
+        log(plan.told(config, trainer.length, len(dataset), device))
+        for doubt in plan.doubts(config, trainer.length, dataset.source) if distributed.is_main() else []:
+            log(f"warning: {doubt}")
         # until here a signal simply ends the process: there is nothing to save
         with StopSignals() as signals:
             run = Run(trainer, dataset, images, before, signals)
             run.loop(min(total_iters, stop_after or total_iters))
         if trainer.iteration == total_iters:
             run.finish()
+            log(plan.what_next(folder / "backbone.safetensors"))
         return folder
 
 
@@ -285,6 +292,8 @@ class Run:
         self.speed = Speed(config.optim.batch_size)
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
+        # collapsed lines of the log in a row
+        self.n_collapsed = 0
         if is_main:
             write_text(self.folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
@@ -308,6 +317,7 @@ class Run:
                 self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
                 self.speed.tick(waited_s)
+                self.tell_estimate(done)
                 stopping = self.signals.on_any_rank()
                 if is_logged or is_due or stopping:
                     self.log_metrics(it, logs, is_logged)
@@ -348,9 +358,23 @@ class Run:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
             memory = {"peak_memory_gb": peak_memory_gb(self.trainer.device)}
             self.log.write("speed", it, {**speed, "broken_images": len(self.broken.files), **memory})
+            self.tell_collapse(it, losses)
             left = self.trainer.length.total_iters - it - 1
             line = describe(losses, logs.terms, self.speed, self.trainer.device)
             self.line.update(it + 1, line, self.speed.eta_s(left))
+
+    def tell_estimate(self, done: int) -> None:
+        """Say once how long the run will take, when there is something to go by."""
+        if self.speed.done == plan.ESTIMATE_AT:
+            left_s = self.speed.eta_s(self.trainer.length.total_iters - done)
+            log(f"estimate: {in_words(left_s)} left, at {self.speed.img_per_s:.1f} img/s")
+
+    def tell_collapse(self, it: int, losses: Mapping[str, float]) -> None:
+        """Say once that the features collapse, where the method has said so ``COLLAPSED_LINES`` times in a row."""
+        told = it >= self.trainer.length.warmup_iters and self.trainer.method.collapse(losses)
+        self.n_collapsed = self.n_collapsed + 1 if told else 0
+        if self.n_collapsed == COLLAPSED_LINES:
+            log(f"warning: iteration {it}: the features collapse: {told}")
 
     def account(self) -> None:
         """Add up what the ranks could not read, and name each new image once.
