@@ -11,6 +11,7 @@ from det_plugin.coco.masks import decode_rle
 from det_plugin.coco.metrics import Prediction
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import required_engine
+from det_plugin.tiles import detect_in_tiles
 from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -74,17 +75,25 @@ class Detector:
     protocol: DetectionProtocol
     batch: Callable[[Images], list[list[Prediction]]]
 
-    def predict(self, image: AnyImage, min_score: float = 0.0) -> Detections:
+    def predict(
+        self, image: AnyImage, min_score: float = 0.0, tile_px: int = 0, overlap: float = 0.2
+    ) -> Detections:
         """The objects of one image.
 
         Args:
             image: a path; a PIL image; or uint8 RGB [H, W, 3].
             min_score: leave out less certain objects. The protocol's ``score_threshold`` applies anyway.
+            tile_px: also look at tiles of this side (:mod:`det_plugin.tiles`); 0: at the whole image alone.
+            overlap: share of a tile's side that its neighbor repeats, from 0 to below 1.
 
         Raises:
             UserError: it cannot be read, or is an array of another kind.
         """
         pixels = pixels_of(image)
+        if tile_px:
+            how = tile_px, overlap, self.protocol.nms, min_score
+            found = detect_in_tiles(self.detect, pixels, *how)
+            return Detections(pixels, found, self.classes, self.protocol.has_masks)
         found = [p for p in self.detect([pixels])[0] if p["score"] >= min_score]
         return Detections(pixels, found, self.classes, self.protocol.has_masks)
 
