@@ -12,6 +12,7 @@ from det_plugin.coco.annotations import lacks_masks, read_classes
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
+from pretrain.errors import enough
 from pretrain.log import say
 from pretrain.run_lock import run_lock
 from pretrain.weights import backbone_name
@@ -69,7 +70,8 @@ def finetune(
         run = settings_of(
             name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
         )
-        with run_lock(output):
+        more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
+        with run_lock(output), enough(more, f"give --workers below {workers} and go on with --resume"):
             return module.train(run, resume=resume)  # type: ignore[no-any-return]
     finally:
         distributed.stop()

@@ -17,7 +17,7 @@ from pretrain.config import from_saved, load_config, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
-from pretrain.errors import Interrupted, UserError
+from pretrain.errors import Interrupted, UserError, enough
 from pretrain.evaluation.probes import Probes
 from pretrain.log import ProgressLine, log
 from pretrain.methods import TrainSettings
@@ -52,7 +52,10 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
     calm = deterministic(rule == "always" or rule == "cpu" and device.type == "cpu")
-    with run_lock(config.run.output), calm:
+    n = 2 * config.step.accumulate
+    more = f"set step.accumulate={n}, or step.checkpointing=full, and go on with --resume"
+    fewer = f"set data.workers below {config.data.workers} and go on with --resume"
+    with run_lock(config.run.output), calm, enough(more, fewer):
         distributed.start(device.type)
         check_seen(config.run.output)
         dataset = build_dataset(config)

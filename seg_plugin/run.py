@@ -16,7 +16,7 @@ from pretrain.build import build_for_fine_tuning
 from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
-from pretrain.errors import Interrupted, UserError
+from pretrain.errors import Interrupted, UserError, enough
 from pretrain.files import read_mapping
 from pretrain.log import say
 from pretrain.results.provenance import file_hash
@@ -129,7 +129,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         FloatingPointError: a loss is not finite.
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
     """
-    with run_lock(run.output):
+    more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
+    with run_lock(run.output), enough(more, f"give --workers below {run.workers} and go on with --resume"):
         return _train(run, resume)
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import configparser
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -91,3 +93,19 @@ def test_no_package_imports_tools_configs_or_tests():
             assert not {name.split(".")[0] for name in names} & {"tools", "configs", "tests"}, (
                 f"{path}: {names}"
             )
+
+
+def test_every_command_of_the_promises_chooses_tests():
+    """SECURITY.md's third column: files that exist, and words that choose tests in them."""
+    commands = re.findall(r"`pytest ([^`]+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(commands) > 15
+    for command in commands:
+        files, _, chosen = command.partition(" -k ")
+        paths = [
+            path
+            for name in files.split()
+            for path in ROOT.glob(f"{name}/test_*.py" if name == "tests" else name)
+        ]
+        names = [name for path in paths for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
+        for word in shlex.split(chosen)[0].split(" or ") if chosen else [""]:
+            assert any(word in name for name in names), f"pytest {command}: {word!r} chooses nothing"

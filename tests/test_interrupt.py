@@ -6,12 +6,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 from photos import TINY, write_photos
+from torch.utils.data import DataLoader
 
-from pretrain.errors import UserError
+from det_plugin.train import finetune as finetune_detection
+from pretrain.errors import UserError, enough
 from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignals
+from seg_plugin.protocol import SegmentationProtocol
 
 HOLD = """
 import sys, time
@@ -112,3 +117,79 @@ def test_workers_die_with_a_training_that_is_killed(started):
     while time.time() < until and any(os.path.exists(f"/proc/{pid}") for pid in children):
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process list, and what the system's killer does")
+def test_a_worker_that_the_system_kills_is_told_in_one_line(started):
+    process, folder = started
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert process.wait(60) == 2
+    last = (folder / "log").read_text().rstrip().splitlines()[-1]
+    assert last.startswith("error: a data worker was killed, most often by the system for want of memory: ")
+    assert "set data.workers below 2 and go on with --resume" in last and "Traceback" not in last
+
+
+class KillsItself:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WantsTooMuch(KillsItself):
+    def __getitem__(self, index):
+        return np.empty(1 << 60, np.uint8)
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB\nSee documentation"
+)
+
+
+def raise_cuda():
+    raise torch.OutOfMemoryError(CUDA)
+
+
+RAN_OUT = {
+    "worker killed": (
+        lambda: next(iter(DataLoader(KillsItself(), num_workers=1))),
+        "worker was killed.*FEWER",
+    ),
+    "worker's memory": (lambda: next(iter(DataLoader(WantsTooMuch(), num_workers=1))), "memory: MORE"),
+    "torch, CPU": (lambda: torch.empty(1 << 60, dtype=torch.uint8), "this machine ran out of memory: MORE"),
+    "torch, CUDA": (raise_cuda, r"the device ran out of memory: MORE \(CUDA out of memory"),
+    "NumPy": (lambda: np.empty(1 << 60, np.uint8), "this machine ran out of memory: MORE"),
+}
+
+
+@pytest.mark.parametrize("cause", RAN_OUT)
+def test_what_runs_out_is_one_line_with_the_way_on(cause):
+    use, told = RAN_OUT[cause]
+    with pytest.raises(UserError, match=told) as found, enough("MORE", "FEWER"):
+        use()
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+def test_another_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="size mismatch"), enough("MORE"):
+        raise RuntimeError("size mismatch for memory.weight")
+
+
+def test_every_training_names_its_own_way_on(tmp_path, monkeypatch):
+    class Engine:
+        @staticmethod
+        def train(*_, **__):
+            raise_cuda()
+
+    monkeypatch.setattr("det_plugin.train.engine_module", lambda *_: Engine)
+    monkeypatch.setattr("det_plugin.train.settings_of", lambda *_, **__: None)
+    with pytest.raises(UserError, match="give --accumulate 4, or --checkpointing, and go on with --resume"):
+        finetune_detection("coco", tmp_path / "det", backbone="vit_tiny_patch16", accumulate=2)
+    segmentation = pytest.importorskip("seg_plugin.run")
+    monkeypatch.setattr(segmentation, "_train", lambda *_: raise_cuda())
+    recipe = SegmentationProtocol()
+    how = ("vit_tiny_patch16", None, tmp_path, tmp_path / "seg", recipe)
+    with pytest.raises(UserError, match="more GPUs .* or start anew with amp=true"):
+        segmentation.train(segmentation.SegmentationRun(*how))

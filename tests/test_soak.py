@@ -16,26 +16,36 @@ TOOL = Path(__file__).with_name("soak.py")
 
 
 def test_a_killed_and_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
-    command = [sys.executable, str(TOOL), "--quick", "--kills", "2", "--output", str(tmp_path)]
+    command = [sys.executable, str(TOOL), "--quick", "--variants", "accumulated", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    kills = re.findall(r"kill \d/2 \((\w+)\): newest whole checkpoint \d+, half-written: (\S+)", done.stdout)
-    assert [kind for kind, _ in kills] == ["write", "step"]
-    assert any(half.endswith(".tmp") for _, half in kills)
-    assert "2 kills, 18 iterations: the same, bit for bit" in done.stdout
+    kills = re.findall(r"kill \d/3 \((\w+)\): newest whole checkpoint \d+, half-written: (\S+)", done.stdout)
+    assert [kind for kind, _ in kills] == ["write", "step", "finish"]
+    assert kills[0][1].endswith(".tmp")
+    assert "soak accumulated: 3 kills, 24 iterations: the same files, bit for bit" in done.stdout
     monkeypatch.setattr(sys, "path", list(sys.path))
-    differences = runpy.run_path(str(TOOL))["differences"]
-    killed, alone = tmp_path / "killed", tmp_path / "alone"
-    assert differences(killed, alone) == []
+    soak = runpy.run_path(str(TOOL))
+    differences, file_differences = soak["differences"], soak["file_differences"]
+    killed, alone = (tmp_path / "accumulated" / name for name in ("killed", "alone"))
+    assert differences(killed, alone) == [] and file_differences(killed, alone) == []
     log = killed / "metrics.jsonl"
     lines = log.read_text().splitlines(True)
     changed = json.dumps({**json.loads(lines[4]), "loss": 0.0}) + "\n"
     log.write_text("".join([*lines[:4], changed, *lines[5:-1]]))
     assert [line.split(":")[0] for line in differences(killed, alone)] == [
         "metrics.jsonl, line 5",
-        "metrics.jsonl, line 18",
+        "metrics.jsonl, line 24",
     ]
     log.write_text("".join(lines))
+    result, weights = killed / "result.json", killed / "backbone.safetensors"
+    kept = result.read_text()
+    result.write_text(kept.replace('"seed": 0', '"seed": 1'))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (killed / "left").write_text("")
+    told = ["only one has left", "backbone.safetensors: not the same file", "result.json: not the same file"]
+    assert file_differences(killed, alone) == told
+    result.write_text(kept.replace('"created": "2', '"created": "1'))
+    assert file_differences(killed, alone) == told[:2]
     found, _ = newest(killed)
     tensors = found.tensors()
     name, tensor = next((n, x) for n, x in tensors.items() if x.ndim and x.dtype == torch.float32)

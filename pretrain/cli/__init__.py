@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import Interrupted, UserError
+from pretrain.errors import Interrupted, UserError, enough
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         refuse_empty(arguments)
-        main([a for a in arguments if a != "--traceback"])
+        with enough("take smaller images or batches, or another --device"):
+            main([a for a in arguments if a != "--traceback"])
     # OSError names the file: one that cannot be written, a full disk; of a loss the run has said where
     except (UserError, OSError, FloatingPointError) as error:
         if show_traceback:
