@@ -118,17 +118,20 @@ class Detector:
         return self.batch(images) if len(images) else []
 
 
-def load_detector(run: str | Path, device: str = "auto", trust: bool = False) -> Detector:
-    """Load the last checkpoint of a run folder. The backbone's file is not needed.
+def load_detector(
+    run: str | Path, device: str = "auto", trust: bool = False, checkpoint: str = "auto"
+) -> Detector:
+    """Load the weights of a run folder. The backbone's file is not needed.
 
     Args:
         run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``mps``.
         trust: build whatever a Detectron2 run's config names, where that is more than our runs leave.
+        checkpoint: ``last`` | ``best``, which runs on your own data keep | ``auto``: the best where there is one.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, its config would run code, or Detectron2 is needed and not installed.
     """
     on, engine = choose_device(device), required_engine(Path(run))
     of_engine = importlib.import_module(f"det_plugin.{engine}_engine.predict")
-    return Detector(*of_engine.detector(Path(run), on, trust))
+    return Detector(*of_engine.detector(Path(run), on, trust, checkpoint))

@@ -48,6 +48,7 @@ class DetectionRun:
         model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step. The schedule does not change.
         checkpointing, compile: of :class:`det_plugin.features.FeatureOptions`; only for speed and memory.
+        is_sure: the protocol may be far too long for the data.
 
     Raises:
         UserError: the seed or the number of workers is out of range.
@@ -64,6 +65,7 @@ class DetectionRun:
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
+    is_sure: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,15 +8,29 @@ from typing import Any
 
 import torch
 
-from det_plugin.coco.annotations import lacks_masks, read_classes
+from det_plugin import plan
+from det_plugin.coco.annotations import lacks_masks, read_classes, read_split
 from det_plugin.coco.layout import has_one_split
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
-from pretrain.errors import enough
+from pretrain.errors import UserError, enough
 from pretrain.log import say
 from pretrain.run_lock import run_lock
 from pretrain.weights import backbone_name
+
+
+def go_on(output: str | Path, **changes: Any) -> Path:
+    """:func:`finetune` of the run in a folder, from its last checkpoint, as it was started.
+
+    Args:
+        output: run folder.
+        changes: ``device``, ``workers``, ``accumulate``, ``checkpointing``, ``compile``, ``engine``.
+
+    Raises:
+        UserError: the folder does not say how it was started; as :func:`finetune`.
+    """
+    return finetune(output=output, resume=True, **{**plan.started(Path(output)), **changes})
 
 
 def finetune(
@@ -38,6 +52,7 @@ def finetune(
     crowds: str = "ignored",
     data_changed: bool = False,
     val_share: float = 0.0,
+    is_sure: bool = False,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
@@ -58,7 +73,9 @@ def finetune(
             (:mod:`det_plugin.coco.share`).
         data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
             from here on is that of the new ones, and the result is marked.
-        fields: of the protocol, changed; values may be text. Where they are not given, the data say the number of
+        is_sure: a protocol made for COCO may run in full on few images.
+        fields: of the protocol, changed; values may be text. ``epochs``, or ``max_iters`` alone, sets the whole schedule in
+            the protocol's proportions. Where they are not given, the data say the number of
             classes, and whether there are masks to learn; and on other classes than COCO's number of them,
             images without objects are negatives (``keep_empty``).
 
@@ -73,7 +90,8 @@ def finetune(
     try:
         module = engine_module(engine, Path(output))
         how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
-        how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
+        how |= dict(checkpointing=checkpointing, compile=compile, is_sure=is_sure)
+        how["model_kwargs"] = model_kwargs or {}
         given = {"crowds": crowds, "val_share": val_share}
         name = backbone_name(backbone, None if weights is None else Path(weights))
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields | given, **how)
@@ -99,7 +117,12 @@ def settings_of(
     Raises:
         UserError: no such protocol, or a field's value is bad; the data's categories are damaged.
     """
-    recipe = with_overrides(protocol(name, backbone), fields)
+    base, epochs = protocol(name, backbone), fields.get("epochs")
+    fields = {key: value for key, value in fields.items() if key != "epochs"}
+    if epochs is not None and "max_iters" in fields:
+        told = f"epochs={epochs} and max_iters={fields['max_iters']}"
+        raise UserError(f"protocol: {told} say it twice; give one of them")
+    recipe = with_overrides(base, plan.whole_schedule(base, fields))
     if recipe.val_share and not has_one_split(data):
         say(f"{data} has images for validation: --val-share is not used")
         recipe = with_overrides(recipe, {"val_share": 0.0})
@@ -114,6 +137,11 @@ def settings_of(
     if recipe.masks == "auto" and lacks_masks(data, recipe.crowds, recipe.val_share):
         say(f"masks=off: no object of {data} has a mask, so boxes alone are learned; the result is marked")
         recipe = with_overrides(recipe, {"masks": "off"})
+    if epochs is not None:
+        how_read = dict[str, Any](num_classes=None, training=True, share=recipe.train_share, **recipe.reading)
+        n_images = len(read_split(data, "train", **how_read).pictures)
+        max_iters = plan.iterations(epochs, n_images, recipe.batch_size)
+        recipe = with_overrides(recipe, plan.schedule(base, max_iters, fields))
     return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
 
 

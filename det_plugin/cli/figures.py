@@ -63,7 +63,7 @@ def predictions_of(
         if are_of(found, split):
             print(f"predictions: {left}")
             return found
-    detector = load_detector(folder, device, trust)
+    detector = load_detector(folder, device, trust, checkpoint="last")
     if tuple(detector.classes) != split.category_ids:
         raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
     print(f"predictions: made now by {folder}")

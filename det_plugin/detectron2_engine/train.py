@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, hooks
@@ -18,7 +19,8 @@ from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from omegaconf import DictConfig
 from torch import nn
 
-from det_plugin import loop
+from det_plugin import loop, plan
+from det_plugin.best import Best, is_kept
 from det_plugin.coco.annotations import Data, read_classes, read_split
 from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
@@ -26,7 +28,7 @@ from det_plugin.detectron2_engine.evaluate import evaluate, leave_result
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.trainer import LAST, AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
-from det_plugin.protocol import with_overrides
+from det_plugin.protocol import other_images, with_overrides
 from det_plugin.run import DetectionRun, metrics_to_come
 from pretrain import distributed
 from pretrain.data import digest
@@ -70,6 +72,7 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
     if is_done:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
+    plan.tell(run, data, torch.device(device), begins=not (run.output / LAST).is_file())
     if distributed.is_main():
         digest.leave(run.output, said_of_data)
         to_come = metrics_to_come(read_classes(run.data, "val", recipe.val_share).values())
@@ -79,7 +82,11 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
         LazyConfig.save(cfg, str(run.output / saved.ASKED))
         LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
-        _fit(cfg, model, run, resume)
+        counts = len(data.train.pictures), len(data.val.pictures)
+        changed = other_images(*counts, recipe.train_share)
+        keeps = distributed.is_main() and is_kept(changed, recipe.max_iters / recipe.eval_every)
+        best = Best(run.output, begins=not (run.output / LAST).is_file()) if keeps else None
+        _fit(cfg, model, run, resume, best)
     return run.output / FILE_NAME
 
 
@@ -153,7 +160,7 @@ class _Engine:
         self.saver.step(self.trainer.iter)  # the trainer's state holds both
 
 
-def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> None:
+def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool, best: Best | None) -> None:
     folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -181,4 +188,4 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> 
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
         engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
-        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter)
+        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter, best)

@@ -6,6 +6,8 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from det_plugin import plan
+from det_plugin.best import Best, is_kept
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.metrics import check_evaluation, in_words
 from det_plugin.figures import SHOWN, draw_page, spread
@@ -62,6 +64,7 @@ def train(
         return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
         log(f"warning: amp has no effect on {device.type}; the run is in float32")
+    plan.tell(run, data, device, begins=state is None)
     changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)), data.n_shared)
     changed |= digest.deviation(said_of_data["changes"])
     said = dict[str, Any](origin=origin, hashed={"engine": folder.ENGINE})
@@ -78,9 +81,11 @@ def train(
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     engine = _Engine(trainer, data, end_iter)
+    keeps = distributed.is_main() and is_kept(changed, run.protocol.max_iters / run.protocol.eval_every)
+    best = Best(run.output, begins=terms is None) if keeps else None
     # Ends its workers, too; they would keep a stopped process alive
     with deterministic(device.type == "cpu"), closing(engine.batches):
-        metrics = fit(engine, run, device, terms, started, end_iter)
+        metrics = fit(engine, run, device, terms, started, end_iter, best)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         leave_result(run, metrics, changed, wall_time_s=time.monotonic() - started, **said)
     return run.output / FILE_NAME
@@ -124,6 +129,7 @@ class _Engine:
         indices = (list(positions(it, p.batch_size, *spots)) for it in range(trainer.iteration, end_iter))
         samples = TrainSamples(data.train, p, run.seed)
         self.batches = batches(samples, indices, run.workers, trainer.device, Skipped(run.output))
+        self.model = trainer.model
         self.trainer, self.data, self.log_period = trainer, data, max(p.max_iters // LOG_LINES, 1)
 
     @property
