@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from det_plugin.protocol import READING, DetectionProtocol, deviations, protocol
 from det_plugin.run import DetectionRun
 from pretrain import distributed
 from pretrain.errors import UserError
-from pretrain.files import read_mapping, write_json
+from pretrain.jobs import start
 from pretrain.log import log
+from pretrain.schedules import iterations
 from pretrain.settings import as_dict
 
-START = "start.json"  # in a run's folder: what it was started with
 MOST_EPOCHS, EPOCHS = (
     200,
     50,
@@ -44,24 +43,6 @@ def whole_schedule(base: DetectionProtocol, fields: Mapping[str, Any]) -> dict[s
         return dict(fields)
     alone = {"max_iters": fields["max_iters"], "milestones": (), "warmup_iters": 0}
     return {**fields, **schedule(base, with_overrides(base, alone).max_iters, fields)}
-
-
-def iterations(epochs: Any, n_images: int, batch_size: int) -> int:
-    """Iterations of so many epochs, whole or not.
-
-    Args:
-        epochs: a number, or its text.
-
-    Raises:
-        UserError: it is no number above 0.
-    """
-    try:
-        number = float(epochs)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise UserError(f"protocol: epochs={epochs!r} should be a number above 0; take {EPOCHS}")
-    return max(1, round(number * math.ceil(n_images / batch_size)))
 
 
 def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> None:
@@ -93,28 +74,11 @@ def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> N
 
 
 def leave_start(run: DetectionRun) -> None:
-    """Write down what a run was started with, so that its folder alone is enough to go on: :func:`started`."""
+    """Write down what a run was started with."""
     whole = as_dict(run.protocol)
     fields = {key: whole[key] for key in (*deviations(run.protocol, run.backbone), *READING, "num_classes")}
     names = "backbone", "seed", "device", "workers", "accumulate", "checkpointing", "compile"
-    started = {name: getattr(run, name) for name in names}
-    started |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
-    started |= {"protocol": run.protocol.name, "model_kwargs": dict(run.model_kwargs), "fields": fields}
-    write_json(run.output / START, started)
-
-
-def started(output: Path) -> dict[str, Any]:
-    """The arguments of :func:`det_plugin.train.finetune` that the run in a folder was started with.
-
-    Raises:
-        UserError: the folder does not say it.
-    """
-    if not (output / START).is_file():
-        raise UserError(
-            f"output: {output} does not say what its run was started with (no {START}); give --data and the rest"
-        )
-    said = read_mapping(output / START, "output")
-    fields = said.pop("fields", None)
-    if not isinstance(fields, dict) or not {"data", "protocol", "backbone"} <= said.keys():
-        raise UserError(f"output: {output / START} is damaged; give --data and the rest")
-    return {**said, **fields}
+    own = {name: getattr(run, name) for name in names}
+    own |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
+    own |= {"protocol": run.protocol.name, "model_kwargs": dict(run.model_kwargs)}
+    start.leave(run.output, own, fields)

@@ -15,8 +15,11 @@ from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
 from pretrain.errors import UserError, enough
+from pretrain.jobs import start
 from pretrain.log import say
 from pretrain.run_lock import run_lock
+from pretrain.schedules import iterations
+from pretrain.settings import above_zero
 from pretrain.weights import backbone_name
 
 
@@ -30,7 +33,9 @@ def go_on(output: str | Path, **changes: Any) -> Path:
     Raises:
         UserError: the folder does not say how it was started; as :func:`finetune`.
     """
-    return finetune(output=output, resume=True, **{**plan.started(Path(output)), **changes})
+    return finetune(
+        output=output, resume=True, **{**start.started(Path(output), ("data", "protocol")), **changes}
+    )
 
 
 def finetune(
@@ -140,7 +145,7 @@ def settings_of(
     if epochs is not None:
         how_read = dict[str, Any](num_classes=None, training=True, share=recipe.train_share, **recipe.reading)
         n_images = len(read_split(data, "train", **how_read).pictures)
-        max_iters = plan.iterations(epochs, n_images, recipe.batch_size)
+        max_iters = iterations(above_zero("epochs", epochs), n_images, recipe.batch_size)
         recipe = with_overrides(recipe, plan.schedule(base, max_iters, fields))
     return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
 

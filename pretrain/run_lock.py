@@ -84,6 +84,18 @@ def _holding(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def is_held(folder: str | Path) -> bool:
+    """Whether a process works in a run's folder, as far as this machine can tell."""
+    try:
+        with open(Path(folder) / NAME, "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
 def _held(path: Path) -> tuple[IO[str], bool]:
     """The lock's file, open, and whether it could be locked; errors as :func:`run_lock`."""
     while True:

@@ -7,6 +7,7 @@ guesses: a field's type reads its words, so ``run.output=2024-10-01`` is a folde
 
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -511,6 +512,21 @@ def plain(text: str) -> Any:
     if text[:1] == "[" and text[-1:] == "]":
         return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
     return text
+
+
+def above_zero(name: str, value: Any) -> float:
+    """A finite number above 0, or its text.
+
+    Raises:
+        UserError: it is none; names it.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}={shown(value)} should be a number above 0")
+    return number
 
 
 def shown(value: Any) -> str:

@@ -26,7 +26,7 @@ from pretrain.results.provenance import config_hash
 from pretrain.settings import MAX_YAML_BYTES, compared, replaced, without_content
 from seg_plugin import protocol as protocols
 from seg_plugin.data import PARTS, dataset_of, label_set, section
-from seg_plugin.protocol import SegmentationProtocol, protocol, with_overrides
+from seg_plugin.protocol import OWN, SegmentationProtocol, protocol, with_overrides
 
 
 def segmenter_config(
@@ -160,12 +160,14 @@ def processes() -> int:
 
 def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
     every, log_every = min(p.val_every, 2_000), min(50, max(1, p.max_iters // 20))
+    # of your own data the best weights stay, too
+    best = dict(save_best="mIoU", rule="greater") if p.name == OWN and p.val_every < p.max_iters else {}
     hooks = dict(
         timer=dict(type="IterTimerHook"),
         logger=dict(type="LoggerHook", interval=log_every, log_metric_by_epoch=False),
         param_scheduler=dict(type="ParamSchedulerHook"),
         # Two, because mmengine deletes the oldest before it has written the next.
-        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=2),
+        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=2, **best),
         sampler_seed=dict(type="DistSamplerSeedHook"),
         visualization=dict(type="SegVisualizationHook"),
     )

@@ -1,5 +1,6 @@
 """One segmentation fine-tuning: its inputs, its mmengine config, and its training."""
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from pretrain import distributed
@@ -20,17 +22,20 @@ from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
 from pretrain.errors import Interrupted, UserError, enough
 from pretrain.files import read_mapping, replacing
+from pretrain.jobs import start
 from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.run_lock import check_seen, run_lock
+from pretrain.settings import replaced
 from pretrain.signals import StopSignals
 from pretrain.weights import backbone_name
+from seg_plugin import plan
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
-from seg_plugin.data import recipe_for
+from seg_plugin.data import DATASETS, recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
@@ -52,6 +57,7 @@ class SegmentationRun:
         workers: data-loading processes.
         model_kwargs: further arguments of ``build_backbone``.
         masks: how masks of your own data are read.
+        is_sure: the protocol may be far too long for the data.
     """
 
     backbone: str
@@ -64,6 +70,7 @@ class SegmentationRun:
     workers: int = 4
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     masks: MaskRule = MaskRule()
+    is_sure: bool = False
 
 
 def prepare(
@@ -78,6 +85,7 @@ def prepare(
     device: str = "auto",
     workers: int = 4,
     model_kwargs: Mapping[str, Any] | None = None,
+    is_sure: bool = False,
     **fields: Any,
 ) -> SegmentationRun:
     """A run on a data set, with what is left out found in the files.
@@ -86,7 +94,7 @@ def prepare(
         data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own (:mod:`pretrain.data.datasets`).
         backbone: registry name; a file of ours says it itself.
         dataset: a key of :data:`seg_plugin.data.DATASETS`; None: what the folder looks like.
-        weights, masks, seed, device, workers, model_kwargs: as :class:`SegmentationRun`.
+        weights, masks, seed, device, workers, model_kwargs, is_sure: as :class:`SegmentationRun`.
         fields: of the protocol (:class:`seg_plugin.protocol.SegmentationProtocol`), as values or text.
 
     Raises:
@@ -94,8 +102,24 @@ def prepare(
     """
     weights, masks = None if weights is None else Path(weights), masks or MaskRule()
     name, recipe = backbone_name(backbone, weights), recipe_for(data, dataset, fields, masks)
-    how = seed, device, workers, dict(model_kwargs or {}), masks
+    how = seed, device, workers, dict(model_kwargs or {}), masks, is_sure
     return SegmentationRun(name, weights, Path(data), Path(output), recipe, *how)
+
+
+def go_on(output: str | Path, data_changed: bool = False, **changes: Any) -> Path:
+    """:func:`finetune` of the run in a folder, from its last checkpoint, as it was started.
+
+    Args:
+        data_changed: of :func:`train`.
+        changes: ``device``, ``workers``.
+
+    Raises:
+        UserError: the folder does not say how it was started; as :func:`train`.
+    """
+    said = {**start.started(Path(output), ("data", "backbone", "dataset", "masks")), **changes}
+    said["masks"] = replaced(MaskRule(), said["masks"], "masks")
+    said["dataset"] = next(name for name, of in DATASETS.items() if of.protocol == said["dataset"])
+    return finetune(output=output, resume=True, data_changed=data_changed, **said)
 
 
 def finetune(
@@ -172,10 +196,12 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
+            plan.tell(run, len(images), len(parts["validation"].files), device, begins=checkpoint is None)
             if distributed.is_main():
                 digest.leave(output, said_of_data)
             runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
+            runner.register_hook(plan.ProgressHook(run.protocol.batch_size))
             at_end.callback(end_workers, runner)
             runner.train()
         distributed.barrier()  # until the main process has written the result
@@ -192,12 +218,21 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
 
 
 class _Runner(Runner):
-    """mmengine's, whose checkpoints get their names once they are whole."""
+    """mmengine's, whose checkpoints get their names once they are whole, and whose log goes to its file alone but for
+    warnings: on a terminal it begins with hundreds of lines."""
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *options: Any, **more: Any) -> None:
         with replacing(Path(out_dir) / filename) as partial:
             super().save_checkpoint(out_dir, partial.name, *options, **more)
+
+    def build_logger(self, *arguments: Any, **options: Any) -> MMLogger:
+        """mmengine's logger."""
+        logger = super().build_logger(*arguments, **options)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.WARNING)
+        return logger
 
 
 def _is_over(run: SegmentationRun, cfg: Config, data_changed: bool) -> tuple[bool, list[str]]:

@@ -5,9 +5,11 @@ Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any
 end finds the results of all others and writes ``output/result.json``; two that end at once write the same bytes.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,10 +17,11 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.jobs import FAILED, LEFT, Runner, Stage, raise_for
+from pretrain.log import in_words
 from pretrain.results.provenance import config_hash, file_hash
-from pretrain.results.runs import POINTS
+from pretrain.results.runs import POINTS, read_log
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
-from pretrain.run_lock import tidy
+from pretrain.run_lock import is_held, tidy
 from seg_plugin.config import processes
 from seg_plugin.hooks import SETTINGS_FILE
 from seg_plugin.protocol import SWEEP, with_overrides
@@ -103,10 +106,37 @@ def _check_folder(run: SegmentationRun) -> None:
 
 
 def status(run: SegmentationRun) -> str:
-    """One line a run: its index, its folder, and its mIoU if it is finished."""
-    found = [point.output for point in points(run)]
-    done = [(at / FILE_NAME).is_file() and f"{_result(at).metrics['miou']:.2f}" for at in found]
-    return "\n".join(f"{i:3d}  {at}  {miou or '-'}" for i, (at, miou) in enumerate(zip(found, done)))
+    """One line a run: its index, its folder, its state, its iteration and mIoU; at work also the time left."""
+    return "\n".join(f"{i:3d}  {point.output}  {_state(point)}" for i, point in enumerate(points(run)))
+
+
+def _state(run: SegmentationRun) -> str:
+    """``-`` (not begun), ``done, mIoU``, ``at work``, ``stopped``, and the iteration of the newest line."""
+    folder, most = Path(run.output), run.protocol.max_iters
+    if (folder / FILE_NAME).is_file():
+        return f"done  {_result(folder).metrics['miou']:.2f}"
+    if not (folder / "metrics.jsonl").is_file():
+        return "at work" if is_held(folder) else "-"
+    log = read_log(folder / "metrics.jsonl", [])
+    at = max(log, default=0)
+    scores = [terms["miou"] for terms in log.values() if "miou" in terms]
+    told = f"iteration {at:,} of {most:,}" + (f", mIoU {scores[-1]:.2f}" if scores else "")
+    if not is_held(folder):
+        return f"stopped at {told}"
+    seconds = [float(line["time"]) for line in _timed(folder)][-20:]
+    left = f", {in_words(fmean(seconds) * (most - at))} left" if seconds else ""
+    return f"at work, {told}{left}"
+
+
+def _timed(folder: Path) -> list[dict[str, Any]]:
+    """The newest start's lines in mmengine's log that say the seconds of an iteration."""
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # cut off
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "time" in line and "loss" in line]
 
 
 def conclude(run: SegmentationRun) -> Path | None:

@@ -13,13 +13,16 @@ from tool_fixture import load_tool
 
 from det_plugin import plan
 from det_plugin.best import FILE, Best, load, told
-from det_plugin.plan import START, iterations, schedule, started, whole_schedule
+from det_plugin.plan import schedule, whole_schedule
 from det_plugin.predict import load_detector
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.torchvision_engine.predict import load_model
 from det_plugin.train import settings_of
 from pretrain.errors import UserError
-from pretrain.settings import as_dict
+from pretrain.jobs.start import FILE as START
+from pretrain.jobs.start import started
+from pretrain.schedules import iterations
+from pretrain.settings import above_zero, as_dict
 
 COCO = protocol("coco-12ep", TINY)
 OF_THE_SCHEDULE = ("max_iters", "milestones", "warmup_iters", "eval_every", "num_classes")
@@ -63,13 +66,13 @@ def test_iterations_alone_set_the_whole_schedule():
 
 @pytest.mark.parametrize("epochs, n", [("50", 1600), (0.5, 16), (1e-9, 1)])
 def test_epochs_are_iterations(epochs, n):
-    assert iterations(epochs, 500, 16) == n
+    assert iterations(above_zero("epochs", epochs), 500, 16) == n
 
 
 @pytest.mark.parametrize("epochs", ["many", "0", "-1", "inf", "nan"])
 def test_epochs_that_are_none(epochs):
-    with pytest.raises(UserError, match="epochs=.* should be a number above 0; take 50"):
-        iterations(epochs, 500, 16)
+    with pytest.raises(UserError, match="epochs=.* should be a number above 0"):
+        above_zero("epochs", epochs)
 
 
 def test_epochs_count_the_images_that_are_learned_from(data, tmp_path):
@@ -139,7 +142,7 @@ def test_a_folder_knows_how_it_was_started(stopped, data, tmp_path, capsys):
         detect("--output", run)
     (run / START).unlink()
     with pytest.raises(UserError, match=f"no {START}.*; give --data and the rest"):
-        started(run)
+        started(run, ["data"])
 
 
 def test_the_best_weights_are_kept_beside_the_last(stopped):

@@ -33,7 +33,8 @@ FREE = (
     "accumulate",
     "checkpointing",
     "compile",
-)  # that a resumed run may change
+    "data_changed",
+)  # may change at resume
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
