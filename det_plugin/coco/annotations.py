@@ -548,9 +548,10 @@ def _box(annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:
     """
     box = annotation["bbox"]
     try:
-        if len(box) != 4 or not max(map(abs, box)) <= FARTHEST_PX or sum(box) != sum(box):
-            raise ValueError
         x, y, width, height = box
+        far, total = max(x, y, width, height, -min(box)), x + y + width + height
+        if not far <= FARTHEST_PX or total != total:
+            raise ValueError
         return x, y, width, height
     except (TypeError, ValueError):
         who = f"annotation {annotation['id']}"
@@ -563,25 +564,26 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
     Raises:
         ValueError: the mask is damaged.
     """
-    value, who = annotation.get("segmentation"), f"annotation {annotation['id']}"
+    value = annotation.get("segmentation")
     if not value:
         return []
     if isinstance(value, dict):
-        return _rle(value, width, height, who)
-    lengths = list[float]()
+        return _rle(value, width, height, f"annotation {annotation['id']}")
+    costly = list[list[float]]()
     try:
         for polygon in value:
-            far = max(map(abs, polygon)) if polygon else 0
-            if len(polygon) % 2 or far > FARTHEST_PX or sum(polygon) != sum(polygon):
+            # of all numbers of a file: min and max are faster than abs of each
+            n, far = len(polygon), max(max(polygon), -min(polygon)) if polygon else 0
+            total = sum(polygon)
+            if n % 2 or far > FARTHEST_PX or total != total:
                 raise ValueError
-            lengths.append(far * len(polygon))  # at least that of its outline, along x or y
+            if far * n > LONGEST_PX or n > 2 * FEW_POINTS:  # at least the length of its outline, along x or y
+                costly.append(polygon)
     except (TypeError, ValueError):
         what = "a segmentation that is no polygons (x, y in turn, in pixels) and no RLE"
-        raise ValueError(f"{who} has {what}") from None
-    _check_cost(
-        [polygon for polygon, px in zip(value, lengths) if px > LONGEST_PX or len(polygon) > 2 * FEW_POINTS],
-        who,
-    )
+        raise ValueError(f"annotation {annotation['id']} has {what}") from None
+    if costly:
+        _check_cost(costly, f"annotation {annotation['id']}")
     return [polygon for polygon in value if len(polygon) >= 6]
 
 

@@ -185,6 +185,8 @@ def is_crowd(entry: Mapping[str, Any]) -> bool:
         ValueError: it is neither that, nor 0, false, null, empty or absent.
     """
     value = entry.get("iscrowd")
+    if type(value) is int and 0 <= value <= 1:  # all of COCO's
+        return value == 1
     flag = FLAGS.get(str(value).strip().lower()) if isinstance(value, str | int | float | None) else None
     if flag is None:
         raise ValueError(f"the iscrowd {shown(value)}: not 0 or 1")
