@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -15,6 +16,7 @@ from det_plugin.augment import Geometry, evaluation_geometry
 from det_plugin.coco.annotations import CocoSplit, Picture
 from det_plugin.coco.masks import boxes_of
 from det_plugin.coco.metrics import Prediction
+from pretrain.files import replacing
 from pretrain.results.runs import add_caption
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
@@ -54,8 +56,8 @@ def draw_page(
         image, geometry = _resized(split.load(picture), SIDE_PX)
         found = shown(mine, geometry, dict(zip(split.category_ids, split.class_names)))
         cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _table(cells, 2 * COLUMNS).save(path)
+    with replacing(path) as partial:
+        _table(cells, 2 * COLUMNS).save(partial, "PNG")
     shows = "Pictures with their annotations and, on the right, the detections"
     add_caption(path, "Detections beside ground truth", f"{shows} of score {min_score:g} and more.")
     return path
@@ -146,6 +148,30 @@ def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
         x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
     return draw_objects(image, objects)
+
+
+def draw_entries(
+    image: np.ndarray, objects: Sequence[tuple[dict[str, Any], int, list[float]]], classes: dict[int, str]
+) -> np.ndarray:
+    """An image [H, W, 3] uint8 with COCO annotations as they are written, be they right or wrong.
+
+    Args:
+        objects: (annotation, category id, box x, y, width, height).
+        classes: category id -> name.
+    """
+    small, geometry = _resized(image, min(max(*image.shape[:2], 640), 1200))
+    kinds, drawn = {id: k for k, id in enumerate(sorted(classes))}, []
+    for annotation, category, (x, y, w, h) in objects:
+        try:
+            mask = geometry.mask(annotation["segmentation"]).astype(bool)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # none, or damaged
+            mask = None
+        (x0, x1), (y0, y1) = sorted((x, x + w)), sorted((y, y + h))
+        (x0, y0), (x1, y1) = geometry.points(np.array([(x0, y0), (x1, y1)], float)).tolist()
+        is_crowd = " (crowd)" if annotation.get("iscrowd") == 1 else ""
+        text = f"{classes.get(category, f'unknown {category}')}{is_crowd}"
+        drawn.append(Shown(kinds.get(category, len(kinds)), mask, (x0, y0, x1, y1), text))
+    return draw_objects(small, drawn)
 
 
 def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:

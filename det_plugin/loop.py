@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from det_plugin.best import Best
 from det_plugin.run import DetectionRun
 from pretrain import checkpoints, distributed
 from pretrain.errors import Interrupted, UserError
-from pretrain.log import ProgressLine
+from pretrain.log import ProgressLine, in_words
+from pretrain.log import log as tell
 from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
 
 SAVE_PERIOD_S = 900  # the most that a killed process loses
+ESTIMATE_AT = 10  # iterations of a process
 HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, into the log
 Show = Callable[[float, float], None]  # called with the share that is done, and the seconds left
 
@@ -29,10 +32,12 @@ class Engine(Protocol):
     Attributes:
         log_period: iterations between the lines of ``metrics.jsonl``.
         splits_last: the last evaluation has a line of its own, after that of the last iteration.
+        model: the detector, of one process.
     """
 
     log_period: int
     splits_last: bool
+    model: nn.Module
 
     @property
     def iteration(self) -> int:
@@ -55,12 +60,14 @@ def fit(
     terms: Mapping[str, float] | None,
     started: float,
     end_iter: int,
+    best: Best | None = None,
 ) -> dict[str, Any]:
     """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
         started: ``time.monotonic()`` at the run's start, less its interruptions.
+        best: keeps the best weights, of the main process.
 
     Returns:
         the last evaluation's metrics.
@@ -85,6 +92,8 @@ def fit(
                 metrics = engine.evaluate(show)
                 if log and terms:
                     log.write(first_it - 1, terms, metrics)
+                if best and "box_ap" in metrics:
+                    best.keep(engine.model, metrics["box_ap"], engine.iteration)
             for it in range(first_it, end_iter):
                 (terms, waited_s), metrics = engine.step(), {}
                 stopping = signals.on_any_rank()
@@ -103,6 +112,8 @@ def fit(
                         metrics = engine.evaluate(show)
                     if log:
                         log.write(it, terms, metrics)
+                    if best and "box_ap" in metrics:
+                        best.keep(engine.model, metrics["box_ap"], engine.iteration)
     finally:
         if log:
             log.close()
@@ -131,6 +142,9 @@ class Log:
         """After an iteration: update speed and progress."""
         self.speed.tick(waited_s)
         done, speed = self.engine.iteration, self.speed
+        if speed.done == ESTIMATE_AT:
+            left = in_words(speed.eta_s(self.max_iters - done))
+            tell(f"estimate: {left} left without evaluations, at {speed.img_per_s:.1f} img/s")
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         note += f"  {peak_memory_gb(self.device):.1f} GB"
         self.line.update(done, note, speed.eta_s(self.max_iters - done))

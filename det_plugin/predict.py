@@ -11,6 +11,7 @@ from det_plugin.coco.masks import decode_rle
 from det_plugin.coco.metrics import Prediction
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import required_engine
+from det_plugin.tiles import detect_in_tiles
 from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -74,17 +75,25 @@ class Detector:
     protocol: DetectionProtocol
     batch: Callable[[Images], list[list[Prediction]]]
 
-    def predict(self, image: AnyImage, min_score: float = 0.0) -> Detections:
+    def predict(
+        self, image: AnyImage, min_score: float = 0.0, tile_px: int = 0, overlap: float = 0.2
+    ) -> Detections:
         """The objects of one image.
 
         Args:
             image: a path; a PIL image; or uint8 RGB [H, W, 3].
             min_score: leave out less certain objects. The protocol's ``score_threshold`` applies anyway.
+            tile_px: also look at tiles of this side (:mod:`det_plugin.tiles`); 0: at the whole image alone.
+            overlap: share of a tile's side that its neighbor repeats, from 0 to below 1.
 
         Raises:
             UserError: it cannot be read, or is an array of another kind.
         """
         pixels = pixels_of(image)
+        if tile_px:
+            how = tile_px, overlap, self.protocol.nms, min_score
+            found = detect_in_tiles(self.detect, pixels, *how)
+            return Detections(pixels, found, self.classes, self.protocol.has_masks)
         found = [p for p in self.detect([pixels])[0] if p["score"] >= min_score]
         return Detections(pixels, found, self.classes, self.protocol.has_masks)
 
@@ -109,17 +118,20 @@ class Detector:
         return self.batch(images) if len(images) else []
 
 
-def load_detector(run: str | Path, device: str = "auto", trust: bool = False) -> Detector:
-    """Load the last checkpoint of a run folder. The backbone's file is not needed.
+def load_detector(
+    run: str | Path, device: str = "auto", trust: bool = False, checkpoint: str = "auto"
+) -> Detector:
+    """Load the weights of a run folder. The backbone's file is not needed.
 
     Args:
         run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``mps``.
         trust: build whatever a Detectron2 run's config names, where that is more than our runs leave.
+        checkpoint: ``last`` | ``best``, which runs on your own data keep | ``auto``: the best where there is one.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, its config would run code, or Detectron2 is needed and not installed.
     """
     on, engine = choose_device(device), required_engine(Path(run))
     of_engine = importlib.import_module(f"det_plugin.{engine}_engine.predict")
-    return Detector(*of_engine.detector(Path(run), on, trust))
+    return Detector(*of_engine.detector(Path(run), on, trust, checkpoint))

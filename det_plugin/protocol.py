@@ -19,7 +19,7 @@ SCALES = (4.0, 2.0, 1.0, 0.5)  # that a pyramid can be made of
 COARSEST_PX = 32  # stride of its last map before the max-pooled one
 paper, theirs, ours = (partial(setting, source=name) for name in ("B.2", "Detectron2", "ours"))
 # Fields that older runs do not have, all of how annotations are read: arguments of ``coco.read_split``
-READING = ("crowds", "masks", "keep_empty")
+READING = ("crowds", "masks", "keep_empty", "val_share")
 
 
 class DetectionProtocol(Settings):
@@ -61,6 +61,7 @@ class DetectionProtocol(Settings):
         "auto", "off: boxes alone; on: objects without a mask teach boxes alone; auto: these are an error"
     )
     keep_empty: bool = theirs(False, "training images without annotations are negatives, else left out")
+    val_share: float = ours(0.0, "of the images, for validation, where the data have one split", ge=0, lt=1)
     pixel_mean: tuple[float, float, float] = theirs((123.675, 116.28, 103.53), "RGB")
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = theirs((58.395, 57.12, 57.375), "RGB")
 

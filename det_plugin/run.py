@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import READING, DetectionProtocol, deviations, other_images
-from pretrain.build import network_kwargs
+from pretrain.build import PROTOCOL_PATCH_PX, network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
@@ -48,6 +48,7 @@ class DetectionRun:
         model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step. The schedule does not change.
         checkpointing, compile: of :class:`det_plugin.features.FeatureOptions`; only for speed and memory.
+        is_sure: the protocol may be far too long for the data.
 
     Raises:
         UserError: the seed or the number of workers is out of range.
@@ -64,6 +65,7 @@ class DetectionRun:
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
+    is_sure: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,14 +92,16 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
-def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
+def run_deviations(run: DetectionRun, images: tuple[int, int], n_shared: int = 0) -> dict[str, list[Any]]:
     """Where a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
         images: how many images it was trained on, and evaluated on.
+        n_shared: how many were both.
     """
     changed = deviations(run.protocol, run.backbone)
     changed |= other_images(*images, run.protocol.train_share)
+    changed |= {"shared_images": [0, n_shared]} if n_shared else {}
     if run.protocol.amp and choose_device(run.device).type != "cuda":
         changed["amp"] = [True, False]
     if given := network_kwargs(run.model_kwargs):
@@ -136,6 +140,7 @@ def leave_result(
     fields: dict[str, Any] = {
         "kind": "detection",
         "backbone": run.backbone,
+        "patch_px": run.model_kwargs.get("patch_size", PROTOCOL_PATCH_PX),
         "protocol": Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
         "metrics": dict(metrics),
         "seed": run.seed,

@@ -8,14 +8,34 @@ from typing import Any
 
 import torch
 
-from det_plugin.coco.annotations import lacks_masks, read_classes
+from det_plugin import plan
+from det_plugin.coco.annotations import lacks_masks, read_classes, read_split
+from det_plugin.coco.layout import has_one_split
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
-from pretrain.errors import enough
+from pretrain.errors import UserError, enough
+from pretrain.jobs import start
 from pretrain.log import say
 from pretrain.run_lock import run_lock
+from pretrain.schedules import iterations
+from pretrain.settings import above_zero
 from pretrain.weights import backbone_name
+
+
+def go_on(output: str | Path, **changes: Any) -> Path:
+    """:func:`finetune` of the run in a folder, from its last checkpoint, as it was started.
+
+    Args:
+        output: run folder.
+        changes: ``device``, ``workers``, ``accumulate``, ``checkpointing``, ``compile``, ``engine``.
+
+    Raises:
+        UserError: the folder does not say how it was started; as :func:`finetune`.
+    """
+    return finetune(
+        output=output, resume=True, **{**start.started(Path(output), ("data", "protocol")), **changes}
+    )
 
 
 def finetune(
@@ -35,12 +55,16 @@ def finetune(
     checkpointing: bool = False,
     compile: bool = False,
     crowds: str = "ignored",
+    data_changed: bool = False,
+    val_share: float = 0.0,
+    is_sure: bool = False,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
 
     Args:
-        data: root of COCO, or of data in its format (:mod:`det_plugin.coco.layout`), or a .yaml file.
+        data: root of COCO, or of any set in its, Pascal VOC's or YOLO's format (:mod:`det_plugin.coco.layout`), or a
+            .yaml file.
         output: run folder.
         weights: the backbone's checkpoint; None: random initialization.
         backbone: registry name; a file of ours says it itself.
@@ -50,7 +74,13 @@ def finetune(
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
         crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
-        fields: of the protocol, changed; values may be text. Where they are not given, the data say the number of
+        val_share: of the images, kept for validation where the data have one split alone
+            (:mod:`det_plugin.coco.share`).
+        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
+            from here on is that of the new ones, and the result is marked.
+        is_sure: a protocol made for COCO may run in full on few images.
+        fields: of the protocol, changed; values may be text. ``epochs``, or ``max_iters`` alone, sets the whole schedule in
+            the protocol's proportions. Where they are not given, the data say the number of
             classes, and whether there are masks to learn; and on other classes than COCO's number of them,
             images without objects are negatives (``keep_empty``).
 
@@ -65,14 +95,15 @@ def finetune(
     try:
         module = engine_module(engine, Path(output))
         how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
-        how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
+        how |= dict(checkpointing=checkpointing, compile=compile, is_sure=is_sure)
+        how["model_kwargs"] = model_kwargs or {}
+        given = {"crowds": crowds, "val_share": val_share}
         name = backbone_name(backbone, None if weights is None else Path(weights))
-        run = settings_of(
-            name, weights, Path(data), Path(output), protocol, {**fields, "crowds": crowds}, **how
-        )
+        run = settings_of(name, weights, Path(data), Path(output), protocol, fields | given, **how)
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
-        with run_lock(output), enough(more, f"give --workers below {workers} and go on with --resume"):
-            return module.train(run, resume=resume)  # type: ignore[no-any-return]
+        lock = run_lock(output, getattr(module, "newest_checkpoint", None))
+        with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
+            return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
     finally:
         distributed.stop()
 
@@ -91,18 +122,31 @@ def settings_of(
     Raises:
         UserError: no such protocol, or a field's value is bad; the data's categories are damaged.
     """
-    recipe = with_overrides(protocol(name, backbone), fields)
+    base, epochs = protocol(name, backbone), fields.get("epochs")
+    fields = {key: value for key, value in fields.items() if key != "epochs"}
+    if epochs is not None and "max_iters" in fields:
+        told = f"epochs={epochs} and max_iters={fields['max_iters']}"
+        raise UserError(f"protocol: {told} say it twice; give one of them")
+    recipe = with_overrides(base, plan.whole_schedule(base, fields))
+    if recipe.val_share and not has_one_split(data):
+        say(f"{data} has images for validation: --val-share is not used")
+        recipe = with_overrides(recipe, {"val_share": 0.0})
     if "num_classes" not in fields:
-        n_classes = len(read_classes(data, "val"))
+        n_classes = len(read_classes(data, "val", recipe.val_share))
         if n_classes != recipe.num_classes:
             told = f"the protocol's is {recipe.num_classes}, so the result is marked"
             say(f"num_classes={n_classes}, as in {data}; {told}")
         recipe = with_overrides(recipe, {"num_classes": n_classes})
     if "keep_empty" not in fields and is_own_data(recipe, backbone) and not is_older(output):
         recipe = with_overrides(recipe, {"keep_empty": True})
-    if recipe.masks == "auto" and lacks_masks(data, recipe.crowds):
+    if recipe.masks == "auto" and lacks_masks(data, recipe.crowds, recipe.val_share):
         say(f"masks=off: no object of {data} has a mask, so boxes alone are learned; the result is marked")
         recipe = with_overrides(recipe, {"masks": "off"})
+    if epochs is not None:
+        how_read = dict[str, Any](num_classes=None, training=True, share=recipe.train_share, **recipe.reading)
+        n_images = len(read_split(data, "train", **how_read).pictures)
+        max_iters = iterations(above_zero("epochs", epochs), n_images, recipe.batch_size)
+        recipe = with_overrides(recipe, plan.schedule(base, max_iters, fields))
     return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
 
 

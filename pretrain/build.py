@@ -27,7 +27,9 @@ class BackboneSettings(Settings):
     patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)
     depth: int = setting(0, "blocks; 0: the name's own", ge=0, le=1024)
     n_registers: int = setting(0, "register tokens; 0: the name's own", ge=0, le=1024)
-    layer_scale_init: float = setting(1.0e-5, "initial value of LayerScale; 0: none", source="DINOv2", ge=0)
+    layer_scale_init: float = setting(
+        1.0e-5, "initial value of LayerScale; 0: none; weights have their own", source="DINOv2", ge=0
+    )
     drop_path: float = setting(
         0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9
     )
@@ -71,9 +73,12 @@ def build_backbone(
     checkpoint = None
     if weights is not None:
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
-    name = backbone_name(None if name is None else str(name), checkpoint)
+    asked, name = name, backbone_name(None if name is None else str(name), checkpoint)
     if name not in BACKBONES:
         known = ", ".join(backbone_names())
+        if asked is None and checkpoint is not None:
+            told = f"says that it is a {name!r:.60}, which is not registered"
+            raise UserError(f"weights: {checkpoint.path} {told}; there are {known}")
         raise UserError(f"backbone: {name!r} is not registered, and no file of weights; there are {known}")
     model_kwargs = dict(overrides)
     if checkpoint is not None:

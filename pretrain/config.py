@@ -176,7 +176,7 @@ def _prepared(layer: Layer) -> Layer:
     values = dict(_modern(replace(layer, values=_own_path(values, path.parent))).values)
     named, bases = values.get("recipe", ""), values.get("base", [])
     if is_recipe:
-        return Layer(f"recipe {named}", values, layer.comments)
+        return replace(layer, name=f"recipe {named}", values=values)
     if not isinstance(named, str):
         own = "only files of pretrain/recipes describe a recipe"
         raise UserError(f"config: {path}: {own}; write 'base: NAME'")
@@ -276,7 +276,9 @@ def _recipe_of(settings: TrainSettings) -> str:
 # --- the recipe of a run ----------------------------------------------------------------------------------
 
 
-def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
+def run_protocol(
+    settings: TrainSettings, n_images: int, others: Mapping[str, list[Any]] | None = None
+) -> Protocol:
     """The recipe that a run stands on (without one its method's defaults), and every setting that differs.
 
     ``optim.batch_size`` is the number of images a step over all ranks and micro-batches, so neither the ranks
@@ -284,9 +286,10 @@ def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
 
     Args:
         n_images: size of the run's data set; for a recipe that names a data set, its size is part of it.
+        others: further deviations.
     """
     info = recipe_info(settings.recipe)
-    deviations = _deviations(settings, info)
+    deviations = {**_deviations(settings, info), **(others or {})}
     if 0 < settings.data.max_side_px < SMALLEST_SIDE_PX:
         deviations["data.max_side_px"] = [0, settings.data.max_side_px]
     if info.n_images and n_images != info.n_images:

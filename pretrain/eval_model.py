@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
 from pretrain.weights import backbone_name, read_checkpoint
@@ -36,6 +36,7 @@ class EvalModel:
         seed: of the training that left the file; 0 where it does not say one.
         training: config hash of that training, equal for trainings that differ in their seed alone; None:
             unknown.
+        own_patch_px: side of the file's patches; other ones are resampled.
     """
 
     label: str
@@ -48,6 +49,7 @@ class EvalModel:
     source: str | None = None
     seed: int = 0
     training: str | None = None
+    own_patch_px: int = 0
 
     @property
     def folder(self) -> str:
@@ -85,6 +87,8 @@ class EvalModel:
             started: ``time.perf_counter()`` at its beginning.
         """
         changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
+        if self.own_patch_px not in (0, self.patch_px) and "patch_px" not in settings:
+            changed["patch_size"] = [self.own_patch_px, self.patch_px]
         followed = Protocol(name=protocol, version=1, full=not changed, deviations=changed)
         used, took = self._used(protocol, settings), time.perf_counter() - started
         self.write_result(folder, "analysis", followed, used, metrics, seed=0, wall_time_s=took)
@@ -108,6 +112,7 @@ class EvalModel:
             kind=kind,
             method=self.method,
             backbone=self.backbone,
+            patch_px=self.patch_px,
             effective_epochs=self.effective_epochs,
             protocol=protocol,
             metrics=dict(metrics),
@@ -157,12 +162,13 @@ def open_models(
             path=path,
             backbone=backbone_name(backbone, checkpoint),
             patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
-            method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
+            method=one_line(names[i] if names else str(said.get("method") or _stem(path))),
             effective_epochs=None if epochs is None else float(epochs),
             has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
             source=source,
             seed=seed if type(seed) is int and 0 <= seed < 2**32 else 0,
             training=training if isinstance(training, str) else None,
+            own_patch_px=int(checkpoint.model_kwargs["patch_size"]),
         )
         models.append(model)
     return named_apart(models)
@@ -175,15 +181,10 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
         counts = Counter(labels)
         told = [text if counts[label] > 1 and text != label else "" for label, text in zip(labels, texts)]
         labels = [f"{label}, {text}" if text else label for label, text in zip(labels, told)]
-    return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
+    return [replace(model, label=label) for model, label in zip(models, map(one_line, labels))]
 
 
 def _stem(path: Path) -> str:
     """A file's or folder's name; of ``backbone.safetensors``, as every run calls it, the folder's."""
     path = path.absolute()
     return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
-
-
-def _printable(name: str) -> str:
-    """Control characters, and bytes of a file's name that are no UTF-8, as ``\\x..``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

@@ -10,10 +10,11 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,10 +22,11 @@ import numpy as np
 import torch
 
 from pretrain.errors import UserError
-from pretrain.files import replacing
+from pretrain.files import replacing, write_text, writing
 from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
+TENSORBOARD = "tensorboard"
 WINDOW_ITERS = 50  # iterations that the speed is a mean over
 WARM_ITERS = (
     5  # a process's first iterations (kernels are chosen, workers start): forgotten once they are over
@@ -96,6 +98,7 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.wandb = start_wandb(folder, wandb, config or {}) if wandb else None  # first: it may fail
         self.files: dict[str, TextIO] = {}
         for name in NAMES:
@@ -106,15 +109,20 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iter)
+            if threading.excepthook is threading.__excepthook__:
+                threading.excepthook = _spare_traceback
+            with writing(folder / TENSORBOARD):
+                self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=start_iter)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
         """One line of ``metrics``, ``speed`` or ``probes``, also as scalars (``metrics/loss``, ...)."""
-        self.files[name].write(json.dumps({"iteration": iteration, **values}) + "\n")
+        with writing(self.folder / f"{name}.jsonl"):
+            self.files[name].write(json.dumps({"iteration": iteration, **values}) + "\n")
         scalars = {key if "/" in key else f"{name}/{key}": value for key, value in values.items()}
         if self.writer is not None:
-            for key, value in scalars.items():
-                self.writer.add_scalar(key, value, iteration)
+            with writing(self.folder / TENSORBOARD):
+                for key, value in scalars.items():
+                    self.writer.add_scalar(key, value, iteration)
         if self.wandb is not None:
             self.wandb.log(scalars, step=iteration)
 
@@ -127,8 +135,9 @@ class MetricsLog:
         """Images by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
         named = {f"images/{name}": image for name, image in images.items()}
         if self.writer is not None:
-            for name, image in named.items():
-                self.writer.add_image(name, image, iteration, dataformats="HWC")
+            with writing(self.folder / TENSORBOARD):
+                for name, image in named.items():
+                    self.writer.add_image(name, image, iteration, dataformats="HWC")
         if self.wandb is not None:
             from wandb import Image
 
@@ -136,21 +145,33 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Everything so far reaches the disk."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for name, file in self.files.items():
+            with writing(self.folder / f"{name}.jsonl"):
+                file.flush()
+                os.fsync(file.fileno())
         if self.writer is not None:
-            self.writer.flush()
+            with writing(self.folder / TENSORBOARD):
+                self.writer.flush()
 
     def close(self) -> None:
-        """Flush and close."""
-        self.flush()
-        for file in self.files.values():
-            file.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        """Flush and close; after an error, which is raised, all is closed, too."""
+        with ExitStack() as each:
+            if self.wandb is not None:
+                each.callback(self.wandb.finish)
+            if self.writer is not None:
+                each.enter_context(writing(self.folder / TENSORBOARD))
+                each.callback(self.writer.close)
+            for name, file in self.files.items():
+                each.enter_context(writing(self.folder / f"{name}.jsonl"))
+                each.callback(file.close)
+            self.flush()
+
+
+def _spare_traceback(of: Any) -> None:
+    """TensorBoard's thread prints what its next call raises anyhow."""
+    is_told = isinstance(of.exc_value, OSError) and type(of.thread).__module__.startswith("tensorboard.")
+    if not is_told:
+        threading.__excepthook__(of)
 
 
 def start_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
@@ -172,7 +193,7 @@ def start_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
     except wandb.Error as error:  # no account, no network
         way = "WANDB_MODE=offline needs neither account nor network"
         raise UserError(f"log.wandb={project!r}: {str(error).splitlines()[0]} ({way})") from error
-    known.write_text(f"{run.id}\n")
+    write_text(known, f"{run.id}\n")
     return run
 
 

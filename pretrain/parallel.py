@@ -21,8 +21,9 @@ class StepSettings(Settings):
 
     accumulate: int = setting(
         1,
-        "micro-batches of a rank's batch, in turn; each draws its own dropped paths, koleo_scope=local looks within one",
-        ge=1,
+        "micro-batches of a rank's batch, in turn; each draws its own dropped paths, koleo_scope=local looks within one; "
+        "0: the fewest that fit into the GPU's memory",
+        ge=0,
     )
     checkpointing: Literal["none", "full", "selective"] = setting(
         "none",

@@ -26,3 +26,8 @@ def scaled_lr(base_lr: float, batch_size: int, rule: str) -> float:
 def effective_epochs(epochs: float, n_global: int, n_local: int, global_px: int, local_px: int) -> float:
     """epochs * sum over the views of (size / 224)^2 (paper, footnote 4); 2 + 8 views: 3.47 an epoch."""
     return epochs * (n_global * (global_px / 224) ** 2 + n_local * (local_px / 224) ** 2)
+
+
+def iterations(epochs: float, n_images: int, batch_size: int) -> int:
+    """Iterations of so many epochs, whole or not; an epoch's last batch counts as a whole one. At least 1."""
+    return max(1, round(epochs * math.ceil(n_images / batch_size)))

@@ -7,10 +7,11 @@ guesses: a field's type reads its words, so ``run.output=2024-10-01`` is a folde
 
 import difflib
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.errors import UserError
+from pretrain.files import read_plain
 
+MAX_YAML_BYTES = 2**22
 NOTHING = ("null", "none", "None", "~", "")  # words for None, where a field allows it
 KEY = "\0"  # the place of a key in an error; no file's name holds it
 
@@ -81,11 +84,13 @@ class Layer:
         name: of the file, or ``command line``.
         values: nested by group. A leaf is text, a list of texts, or a value that JSON can hold.
         comments: {dotted key: the comment on its line}.
+        is_read: from a file, which may be any: where none of its keys is known, errors repeat nothing of it.
     """
 
     name: str
     values: Mapping[str, Any]
     comments: Mapping[str, str] = field(default_factory=dict)
+    is_read: bool = False
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -101,11 +106,12 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
+        for at, key in enumerate(keys):
+            line = node.value[at][0].start_mark.line + 1
             if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} is no text")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice")
+                raise yaml.YAMLError(f"line {line}: the key is no text")
+            if key in keys[:at]:
+                raise yaml.YAMLError(f"line {line}: the key stands twice")
         return super().construct_mapping(node, deep)
 
 
@@ -117,19 +123,31 @@ def read_yaml(path: str | Path) -> Layer:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, MAX_YAML_BYTES).decode()
         node = yaml.compose(text, _Loader)
         values = {} if node is None else yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"config: no file {path}: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise UserError(f"config: {path} is no readable YAML ({reason}); save it as UTF-8 YAML") from error
+        told = f"is no readable YAML ({without_content(error)}); save it as UTF-8 YAML"
+        raise UserError(f"config: {path} {told}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
-    return Layer(str(path), values, dict(_comments(node, text.splitlines())))
+    return Layer(str(path), values, dict(_comments(node, text.splitlines())), is_read=True)
+
+
+def without_content(error: Exception) -> str:
+    """Why a file cannot be read as YAML or Python, and in which line, without what stands there: it may be any
+    file of this machine."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        problem = re.sub(r"'(?!<)[^']{2,}'", "...", error.problem or "damaged")
+        return f"line {error.problem_mark.line + 1}: {problem}"
+    if isinstance(error, UnicodeDecodeError):
+        n_before = error.object[: error.start].count(b"\n")
+        return f"line {n_before + 1} is no UTF-8"
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno} is no Python" if error.lineno else "no Python"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_layers(
@@ -267,10 +285,19 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
     for layer in layers:
         values = upgraded(model, layer.values)
         name = "" if layer.name == what else f" ({layer.name})"
+        if layer.is_read and values and not _near(values, model):
+            known = ", ".join(sorted(model.model_fields))
+            raise UserError(f"{what}: {layer.name} is none: it holds no key of it; there are {known}")
         typed = _typed_group(model, values, f"{what}: {KEY}{name}", "")
         origins |= dict.fromkeys(flat(typed), name)
         _merge(merged, typed)
     return validated(model, merged, what, origins)
+
+
+def _near(keys: Iterable[str], model: type[Settings]) -> bool:
+    """Whether any is a model's, or nearly so."""
+    known = list(model.model_fields)
+    return any(difflib.get_close_matches(str(key), known, 1) for key in keys)
 
 
 def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") -> Model:
@@ -485,6 +512,21 @@ def plain(text: str) -> Any:
     if text[:1] == "[" and text[-1:] == "]":
         return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
     return text
+
+
+def above_zero(name: str, value: Any) -> float:
+    """A finite number above 0, or its text.
+
+    Raises:
+        UserError: it is none; names it.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}={shown(value)} should be a number above 0")
+    return number
 
 
 def shown(value: Any) -> str:

@@ -11,15 +11,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from pretrain import checkpoints, distributed
+from pretrain import checkpoints, distributed, plan
 from pretrain.analysis.figures import training_images
 from pretrain.config import from_saved, load_config, run_protocol
+from pretrain.data import digest
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError, enough
 from pretrain.evaluation.probes import Probes
-from pretrain.log import ProgressLine, log
+from pretrain.files import write_text
+from pretrain.log import ProgressLine, in_words, log
 from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
@@ -32,8 +34,12 @@ from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
 
+COLLAPSED_LINES = 5  # of the log; features of a few first iterations after the warm-up may be alike
 
-def train(config: TrainSettings, resume: str = "", stop_after: int | None = None) -> Path:
+
+def train(
+    config: TrainSettings, resume: str = "", stop_after: int | None = None, data_changed: bool = False
+) -> Path:
     """Run (or go on with) a pre-training.
 
     Args:
@@ -41,12 +47,15 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         resume: ``auto``: go on from the folder's newest whole checkpoint if there is one, a finished run is
             left as it is; or an iteration of it, or a checkpoint's directory; nothing: start.
         stop_after: save and leave at this iteration, as an interruption would.
+        data_changed: go on over other images than before. The schedule stays that of the number of images
+            that the run began with; the order from here on is that of the new ones; the result is marked.
 
     Returns:
         the folder, with ``backbone.safetensors``, ``result.json``, logs and the last checkpoints.
 
     Raises:
-        UserError: bad settings, no images, too many broken ones, a folder that holds another run.
+        UserError: bad settings, no images, too many broken ones, a folder that holds another run, or a run
+            over other images.
         FloatingPointError: a loss is not finite; names the iteration and the terms.
         Interrupted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved.
     """
@@ -59,28 +68,39 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         distributed.start(device.type)
         check_seen(config.run.output)
         dataset = build_dataset(config)
+        images = dataset.source.digest() if distributed.is_main() else None
+        if images and resume:
+            images.begin()  # beside what follows
+        config = plan.fitted(config, dataset, device)
         trainer = Trainer(config, Length.of(config, len(dataset)))
-        before = prepare(trainer, len(dataset), resume)
+        before = prepare(trainer, images, resume, data_changed)
         folder, total_iters = Path(config.run.output), trainer.length.total_iters
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
             log(f"{folder} is finished ({read_result(folder).created})")
             return folder
+        log(plan.told(config, trainer.length, len(dataset), device))
+        for doubt in plan.doubts(config, trainer.length, dataset.source) if distributed.is_main() else []:
+            log(f"warning: {doubt}")
         # until here a signal simply ends the process: there is nothing to save
         with StopSignals() as signals:
-            run = Run(trainer, dataset, before, signals)
+            run = Run(trainer, dataset, images, before, signals)
             run.loop(min(total_iters, stop_after or total_iters))
         if trainer.iteration == total_iters:
             run.finish()
+            log(plan.what_next(folder / "backbone.safetensors"))
         return folder
 
 
-def pretrain(config: str | Path | None = None, *, resume: str = "", **changes: Any) -> Path:
+def pretrain(
+    config: str | Path | None = None, *, resume: str = "", data_changed: bool = False, **changes: Any
+) -> Path:
     """Pre-train a backbone; ``posfield pretrain`` in Python.
 
     Args:
         config: a YAML file, or the name of a recipe or of one of ``configs/pretrain``; None:
             ``intertwined-100ep``.
         resume: ``auto``: go on from the run's newest whole checkpoint.
+        data_changed: go on over other images than before, see :func:`train`.
         changes: its settings by group: ``data={"root": "photos"}, optim={"epochs": 3}``.
 
     Returns:
@@ -89,7 +109,7 @@ def pretrain(config: str | Path | None = None, *, resume: str = "", **changes: A
     Raises:
         UserError: names the key and the value.
     """
-    return train(load_config(config, changes), resume=resume)
+    return train(load_config(config, changes), resume=resume, data_changed=data_changed)
 
 
 @dataclass(frozen=True)
@@ -103,10 +123,17 @@ class Totals:
     broken: dict[str, Any] = field(default_factory=dict)  # BrokenFiles.state()
     probes: dict[str, float] = field(default_factory=dict)
     loss_terms: tuple[str, ...] = ()  # names of the loss's addends
+    data_changes: tuple[str, ...] = ()  # how its images changed on the way
+    n_scheduled: int = 0  # images that its schedule is made for; 0: those that it has
 
 
-def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
+def prepare(
+    trainer: Trainer, images: digest.Digest | None, resume: str, data_changed: bool = False
+) -> Totals:
     """Bring the trainer to where the run stands: its start, another run's networks, or a checkpoint.
+
+    Args:
+        images: of the run, on the main process.
 
     Raises:
         UserError: the folder holds a run and nothing says to go on with it; or the checkpoint does not belong
@@ -122,10 +149,13 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
     if found is None and messages:
         raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
     if found is not None:
-        check_same_run(found, config, n_images)
+        check_same_run(found, config)
+        now = distributed.gather_objects(images and images.values())[0]
+        totals = with_data(totals_of(found), found, now, data_changed)
         checkpoints.load(found, trainer.tensors())
         trainer.iteration = found.iteration
-        totals = totals_of(found)
+        if totals.n_scheduled:
+            trainer.length = Length.of(config, totals.n_scheduled)
         trainer.n_skipped = totals.n_skipped
         log(f"going on from {found.path}")
         return totals
@@ -151,13 +181,35 @@ def totals_of(found: checkpoints.Found) -> Totals:
     """
     try:
         saved = Totals(**found.meta["progress"])
-        return replace(saved, loss_terms=tuple(saved.loss_terms))
+        return replace(saved, loss_terms=tuple(saved.loss_terms), data_changes=tuple(saved.data_changes))
     except TypeError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: progress cannot be read ({error})") from error
 
 
-def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: int) -> None:
-    """A checkpoint goes on under the settings and over the images that it was made with.
+def with_data(totals: Totals, found: checkpoints.Found, now: digest.Values, data_changed: bool) -> Totals:
+    """What a checkpoint's run had come to, with what has happened to its images since.
+
+    Args:
+        now: the digest of the images.
+
+    Raises:
+        UserError: they are others, and that is not wanted.
+    """
+    if "digest" not in found.meta:
+        log(
+            f"{found.path} is of an earlier version and holds no digest: only the number of images is compared"
+        )
+    told = digest.difference({"images": found.meta["n_images"], **found.meta.get("digest", {})}, now)
+    digest.accept(f"the run up to {found.path}", told, "resume", data_changed)
+    if not told:
+        return totals
+    changes = (*totals.data_changes, f"iteration {found.iteration}: {told}")
+    n_scheduled = totals.n_scheduled or found.meta["n_images"]
+    return replace(totals, data_changes=changes, n_scheduled=n_scheduled)
+
+
+def check_same_run(found: checkpoints.Found, config: TrainSettings) -> None:
+    """A checkpoint goes on under the settings that it was made with.
 
     Settings that may change say so (``fixed=False``). Of ``step`` only how often dropped paths are drawn
     (``step.accumulate``) and where KoLeo looks under ``koleo_scope=local`` touch what is computed, as the
@@ -179,9 +231,6 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
         told = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
         made = f"{found.path} was made with other settings: {told}"
         raise UserError(f"resume: {made}; set them back, or choose another run.output")
-    if found.meta["n_images"] != n_images:
-        now = f"over {found.meta['n_images']} images, but {config.data.root} has {n_images}"
-        raise UserError(f"resume: the run was {now}: order and schedule would change")
 
 
 def with_method_of(config: TrainSettings, saved: Any) -> Any:
@@ -210,9 +259,17 @@ def learns_positions(trainer: Trainer) -> bool:
 class Run:
     """A run under way: its loader, logs, checkpoints and probes around the trainer."""
 
-    def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Totals, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: ViewsDataset,
+        images: digest.Digest | None,
+        before: Totals,
+        signals: StopSignals,
+    ) -> None:
         config = trainer.config
         self.config, self.trainer, self.dataset, self.signals = config, trainer, dataset, signals
+        self.images = images
         self.before, self.now = before, before
         self.started, self.folder = time.monotonic(), Path(config.run.output)
         # of the whole run; of this rank since the last look
@@ -235,8 +292,10 @@ class Run:
         self.speed = Speed(config.optim.batch_size)
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
+        # collapsed lines of the log in a row
+        self.n_collapsed = 0
         if is_main:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
             title = f"pretrain {run_name(config)}"
             self.line = ProgressLine(title, trainer.length.total_iters, trainer.iteration)
@@ -253,9 +312,12 @@ class Run:
                 is_logged = it % log.every == 0 or is_last
                 is_due = done % log.checkpoint_every == 0 or done == end
                 logs = trainer.step(micro_batches, examine=is_logged)
+                if self.images:
+                    self.images.begin()
                 self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
                 self.speed.tick(waited_s)
+                self.tell_estimate(done)
                 stopping = self.signals.on_any_rank()
                 if is_logged or is_due or stopping:
                     self.log_metrics(it, logs, is_logged)
@@ -281,7 +343,8 @@ class Run:
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.monotonic() - self.started
-        self.now = Totals(
+        self.now = replace(
+            self.before,
             wall_time_s=seconds,
             losses=losses,
             img_per_s=self.speed.img_per_s,
@@ -295,9 +358,23 @@ class Run:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
             memory = {"peak_memory_gb": peak_memory_gb(self.trainer.device)}
             self.log.write("speed", it, {**speed, "broken_images": len(self.broken.files), **memory})
+            self.tell_collapse(it, losses)
             left = self.trainer.length.total_iters - it - 1
             line = describe(losses, logs.terms, self.speed, self.trainer.device)
             self.line.update(it + 1, line, self.speed.eta_s(left))
+
+    def tell_estimate(self, done: int) -> None:
+        """Say once how long the run will take, when there is something to go by."""
+        if self.speed.done == plan.ESTIMATE_AT:
+            left_s = self.speed.eta_s(self.trainer.length.total_iters - done)
+            log(f"estimate: {in_words(left_s)} left, at {self.speed.img_per_s:.1f} img/s")
+
+    def tell_collapse(self, it: int, losses: Mapping[str, float]) -> None:
+        """Say once that the features collapse, where the method has said so ``COLLAPSED_LINES`` times in a row."""
+        told = it >= self.trainer.length.warmup_iters and self.trainer.method.collapse(losses)
+        self.n_collapsed = self.n_collapsed + 1 if told else 0
+        if self.n_collapsed == COLLAPSED_LINES:
+            log(f"warning: iteration {it}: the features collapse: {told}")
 
     def account(self) -> None:
         """Add up what the ranks could not read, and name each new image once.
@@ -344,6 +421,8 @@ class Run:
         if self.log:
             self.log.flush()
         meta = {"config": as_dict(self.config), "n_images": len(self.dataset), "progress": asdict(self.now)}
+        if self.images:
+            meta["digest"] = self.images.values()
         self.writer.save(done, self.trainer.tensors(), meta)
 
     def finish(self) -> None:
@@ -374,8 +453,9 @@ class Run:
             "kind": "pretrain",
             "method": run_name(config),
             "backbone": config.backbone.name,
+            "patch_px": config.backbone.patch_size,
             "effective_epochs": origin["effective_epochs"],
-            "protocol": run_protocol(config, len(self.dataset)),
+            "protocol": run_protocol(config, len(self.dataset), digest.deviation(now.data_changes)),
             "metrics": {**now.losses, **now.probes, **counts},
             "seed": config.run.seed,
             "wall_time_s": now.wall_time_s,
@@ -387,7 +467,9 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What the backbone says of itself: of this run alone; ``started_from`` tells of those before."""
         config, crops = self.config, self.config.view_settings().crops
-        seen = self.trainer.length.total_iters * config.optim.batch_size / len(self.dataset)
+        # of a run whose images changed, the epochs are those of its schedule
+        n_images = self.before.n_scheduled or len(self.dataset)
+        seen = self.trainer.length.total_iters * config.optim.batch_size / n_images
         epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
         origin = {
             "method": run_name(config),

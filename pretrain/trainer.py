@@ -38,7 +38,7 @@ class Length:
         epoch_iters = optim.epoch_iters or n_images // optim.batch_size
         if not epoch_iters:
             few = f"is more than the {n_images} images of {config.data.root}"
-            way = "lower it, or set optim.epoch_iters"
+            way = f"set optim.batch_size={1 << (n_images.bit_length() - 1)}, or optim.epoch_iters"
             raise UserError(f"config: optim.batch_size={optim.batch_size} {few}; {way}")
         return Length(epoch_iters, optim.epochs * epoch_iters, optim.warmup_epochs * epoch_iters)
 

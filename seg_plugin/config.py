@@ -19,12 +19,14 @@ from mmengine.config import Config
 from pretrain.backbones.vit import SIZES
 from pretrain.build import network_kwargs
 from pretrain.data.datasets import LabelSet, MaskRule
+from pretrain.data.images import n_shared
 from pretrain.errors import TRUST, UserError
+from pretrain.files import read_plain
 from pretrain.results.provenance import config_hash
-from pretrain.settings import compared, replaced
+from pretrain.settings import MAX_YAML_BYTES, compared, replaced, without_content
 from seg_plugin import protocol as protocols
 from seg_plugin.data import PARTS, dataset_of, label_set, section
-from seg_plugin.protocol import SegmentationProtocol, protocol, with_overrides
+from seg_plugin.protocol import OWN, SegmentationProtocol, protocol, with_overrides
 
 
 def segmenter_config(
@@ -158,12 +160,14 @@ def processes() -> int:
 
 def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
     every, log_every = min(p.val_every, 2_000), min(50, max(1, p.max_iters // 20))
+    # of your own data the best weights stay, too
+    best = dict(save_best="mIoU", rule="greater") if p.name == OWN and p.val_every < p.max_iters else {}
     hooks = dict(
         timer=dict(type="IterTimerHook"),
         logger=dict(type="LoggerHook", interval=log_every, log_metric_by_epoch=False),
         param_scheduler=dict(type="ParamSchedulerHook"),
         # Two, because mmengine deletes the oldest before it has written the next.
-        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=2),
+        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=2, **best),
         sampler_seed=dict(type="DistSamplerSeedHook"),
         visualization=dict(type="SegVisualizationHook"),
     )
@@ -200,7 +204,7 @@ def read_saved(path: Path, trust: bool = False) -> Config:
     if trust:
         return Config.fromfile(path)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = ast.parse(read_plain(path, MAX_YAML_BYTES).decode()).body
         values = {_assigned(line): _literal(line.value) for line in body if isinstance(line, ast.Assign)}
         if len(values) != len(body):
             raise ValueError("it holds more than names with values")
@@ -217,8 +221,7 @@ def read_saved(path: Path, trust: bool = False) -> Config:
         RecursionError,
         MemoryError,
     ) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"run: {path} is no plain data ({told}); {TRUST}") from error
+        raise UserError(f"run: {path} is no plain data ({without_content(error)}); {TRUST}") from error
 
 
 def _assigned(line: ast.Assign) -> str:
@@ -334,9 +337,12 @@ def deviations(cfg: Config, model_kwargs: Mapping[str, Any], processes: int) -> 
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     changed |= dict(sorted(compared(_recipe(Config(made), 1), _recipe(cfg, processes)).items()))
-    for (split, found), count in zip(label_sets(cfg).items(), dataset_of(declared).counts or ()):
+    sets = label_sets(cfg)
+    for (split, found), count in zip(sets.items(), dataset_of(declared).counts or ()):
         if len(found) != count:
             changed[f"{split}_images"] = [count, len(found)]
+    if shared := n_shared(*(found.named for found in sets.values())):
+        changed["shared_images"] = [0, shared]
     if given := network_kwargs(model_kwargs):
         changed["model_kwargs"] = [{}, given]
     return {**changed, **protocols.not_swept(declared)}

@@ -25,8 +25,10 @@ from pretrain.data.datasets.public import ade_home
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
-from pretrain.settings import replaced
+from pretrain.schedules import iterations
+from pretrain.settings import above_zero, replaced
 from seg_plugin.loop import DrawnIndex
+from seg_plugin.plan import schedule, whole_schedule
 from seg_plugin.protocol import OF_THE_DATA, OWN, SegmentationProtocol, protocol, with_overrides
 
 PARTS = {"training": "train", "validation": "val"}  # the protocol's words, the data sets'
@@ -64,13 +66,18 @@ def recipe_for(
     Args:
         folder: of the data set.
         name: a key of :data:`DATASETS`; None: what the folder looks like.
-        overrides: field -> value, or its text.
+        overrides: field -> value, or its text. ``epochs``, or ``max_iters`` without ``val_every``, sets the whole schedule
+            in the protocol's proportions.
         masks: how masks of your own data are read; all of them are, once, to find out or check the classes.
 
     Raises:
         UserError: an unknown name or field, as :func:`pretrain.data.datasets.open_label_sets`.
     """
-    known = ", ".join(DATASETS)
+    known, epochs = ", ".join(DATASETS), overrides.get("epochs")
+    overrides = {key: value for key, value in overrides.items() if key != "epochs"}
+    if epochs is not None and "max_iters" in overrides:
+        said = f"epochs={epochs} and max_iters={overrides['max_iters']}"
+        raise UserError(f"protocol: {said} say it twice; give one of them")
     if name is None:
         kind = kind_of(folder)
         if kind not in _BY_KIND:
@@ -81,12 +88,21 @@ def recipe_for(
     if name not in DATASETS:
         raise UserError(f"dataset: {name!r} is none of {known}")
     base = protocol(DATASETS[name].protocol)
+    overrides = whole_schedule(base, overrides)
     if name != "own":
-        return with_overrides(base, overrides)
-    recipe = with_overrides(base, {"num_classes": "2", **overrides})  # any: it is known below
-    n_classes = recipe.num_classes if "num_classes" in overrides else 0
-    train, _ = open_label_sets(folder, "folder", n_classes, rule_of(recipe, masks))
-    return with_overrides(recipe, {"num_classes": len(train.classes)})
+        recipe = with_overrides(base, overrides)
+        if epochs is None:
+            return recipe
+        train = label_set(section(recipe, folder, "train", (), masks))
+    else:
+        recipe = with_overrides(base, {"num_classes": "2", **overrides})  # any: it is known below
+        n_classes = recipe.num_classes if "num_classes" in overrides else 0
+        train, _ = open_label_sets(folder, "folder", n_classes, rule_of(recipe, masks))
+        recipe = with_overrides(recipe, {"num_classes": len(train.classes)})
+    if epochs is None:
+        return recipe
+    max_iters = iterations(above_zero("epochs", epochs), len(train.files), recipe.batch_size)
+    return with_overrides(recipe, schedule(base, max_iters, overrides))
 
 
 def rule_of(recipe: SegmentationProtocol, masks: MaskRule | None = None) -> MaskRule:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from pretrain.files import replacing
 from pretrain.results.runs import add_caption
 from seg_plugin.predict import Segmented
 
@@ -95,7 +96,6 @@ def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, values: Seq
         labels: [H, W].
         values: what the masks store for each class: a value, of a palette if all are of 8 bits, or a color.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = np.array(values)
     has_palette = stored.ndim == 1 and stored.max() < 256
     image = Image.fromarray(stored.astype(np.uint8 if has_palette or stored.ndim > 1 else np.uint16)[labels])
@@ -103,4 +103,5 @@ def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, values: Seq
         colors = np.zeros((256, 3), np.uint8)
         colors[stored] = palette
         image.putpalette(colors[: stored.max() + 1].tobytes())
-    image.save(path)
+    with replacing(path) as partial:
+        image.save(partial, "PNG")

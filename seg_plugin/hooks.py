@@ -23,9 +23,10 @@ from mmseg.registry import METRICS as METRIC_KINDS
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.errors import Interrupted, UserError
-from pretrain.files import write_json
+from pretrain.files import write_json, write_text, writing
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, finished, planned, write_result
@@ -89,7 +90,7 @@ class PosfieldRunHook(Hook):
         self.identity = identity(cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], size)
         labels = label_sets(with_todays_data(cfg))["training"]
         self.labels = labels.description
-        self.deviations = deviations(cfg, model_kwargs, size)
+        self.deviations = deviations(cfg, model_kwargs, size) | digest.run_deviation(Path(runner.work_dir))
         if is_main_process():
             planned(**self._result(runner, {"iou": dict.fromkeys(labels.classes, 0.0)}))
             self.folder = Path(runner.work_dir)
@@ -106,7 +107,7 @@ class PosfieldRunHook(Hook):
         if is_main_process() and self.log.is_file():  # without the line of this validation
             lines = [(line, json.loads(line)) for line in self.log.read_text(encoding="utf-8").splitlines()]
             kept = [line + "\n" for line, of in lines if of["iteration"] != at or "loss" in of]
-            self.log.write_text("".join(kept), encoding="utf-8")
+            write_text(self.log, "".join(kept))
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -165,9 +166,10 @@ class PosfieldRunHook(Hook):
         )
         file, title = self.folder / "figures" / "segmentations.png", "Segmentation of validation images"
         draw_page(file, rows, dataset.metainfo, title=title, caption=caption)
-        evaluators = runner.val_loop.evaluator.metrics
-        per_class = next((metric.per_class for metric in evaluators if isinstance(metric, PosfieldIoU)), {})
-        metrics = {**self.metrics, "iou": per_class}
+        evaluators = (one for one in runner.val_loop.evaluator.metrics if isinstance(one, PosfieldIoU))
+        metrics = {**self.metrics, "iou": {}}
+        if (evaluator := next(evaluators, None)) is not None:
+            metrics |= {"iou": evaluator.per_class, "val_classes": evaluator.n_present}
         write_result(finished(**self._result(runner, metrics)), self.folder)
 
     def _result(self, runner: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +179,7 @@ class PosfieldRunHook(Hook):
         return {
             "kind": "segmentation",
             "backbone": runner.cfg.model.backbone.name,
+            "patch_px": _model(runner).backbone.vit.patch_size,
             "protocol": Protocol(name=name, version=version, full=not changed, deviations=changed),
             "metrics": dict(metrics),
             "labels": self.labels,
@@ -190,7 +193,7 @@ class PosfieldRunHook(Hook):
         return self.earlier_s + time.monotonic() - self.started
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        with open(self.log, "a", encoding="utf-8") as file:
+        with writing(self.log), open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -201,9 +204,11 @@ class PosfieldIoU(IoUMetric):
 
     Attributes:
         per_class: {class name: IoU in percent} of the last evaluation, of classes that are present or predicted.
+        n_present: how many classes occur in its labels.
     """
 
     per_class: dict[str, float] = {}
+    n_present = 0
 
     def __init__(self, **options: Any) -> None:
         # The other way, "cpu", is files in the working directory, which machines may not share.
@@ -216,7 +221,7 @@ class PosfieldIoU(IoUMetric):
             return super().compute_metrics(results)
         intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
         iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
-        names = self.dataset_meta["classes"]
+        names, self.n_present = self.dataset_meta["classes"], int((label > 0).sum())
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
         means = iou.nanmean(), accuracy.nanmean(), 100 * intersect.sum() / label.sum()
         return {name: float(mean) for name, mean in zip(METRICS, means)}

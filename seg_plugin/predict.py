@@ -27,6 +27,8 @@ from pretrain.settings import replaced
 from seg_plugin.config import declared_protocol, read_saved, with_todays_data
 from seg_plugin.data import PARTS, section
 
+BEST = "best_mIoU_iter_*.pth"  # mmengine's name
+
 
 @dataclass(frozen=True)
 class Segmented:
@@ -79,12 +81,15 @@ class Segmenter:
         return Segmentation(labels, self.classes)
 
 
-def load_segmenter(run: str | Path, device: str = "auto", trust: bool = False) -> Segmenter:
-    """Load a run's newest checkpoint; beside its config no other file is needed.
+def load_segmenter(
+    run: str | Path, device: str = "auto", trust: bool = False, checkpoint: str = "auto"
+) -> Segmenter:
+    """Load a run's weights; beside its config no other file is needed.
 
     Args:
         device: ``auto`` | ``cpu`` | ``cuda``.
         trust: run the folder's config as Python, where it is more than the data that our runs leave.
+        checkpoint: ``last`` | ``best``, which runs on your own data keep | ``auto``: the best where there is one.
 
     Raises:
         UserError: the folder holds no run; its config is more than data (:func:`seg_plugin.config.read_saved`);
@@ -94,19 +99,25 @@ def load_segmenter(run: str | Path, device: str = "auto", trust: bool = False) -
     if (folder / POINTS).is_dir():
         one = folder / POINTS / "lr_LR_wd_WD" / "seed_N"
         raise UserError(f"run: {folder} is a sweep; give one of its runs, {one}")
-    configs, checkpoint = sorted(folder.glob("*.py")), newest_checkpoint(folder)
-    if checkpoint is None:
+    configs, file = sorted(folder.glob("*.py")), newest_checkpoint(folder)
+    best = sorted(path for path in folder.glob(BEST) if zipfile.is_zipfile(path))
+    if checkpoint == "best" and not best:
+        raise UserError(f"run: {folder} kept its last weights alone; take checkpoint=last")
+    if best and checkpoint != "last":
+        file = best[-1]
+        log(f"{file}: the best of the validations")
+    if file is None:
         raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")
     if len(configs) != 1:
         found = ", ".join(path.name for path in configs) or "none"
         raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
     model, on = init_model(read_saved(configs[0], trust), device="cpu"), choose_device(device)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         metainfo = dict(state["meta"]["dataset_meta"])
     except Exception as error:  # on damaged bytes the unpickler may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint: {checkpoint} is none of a segmentation run ({reason})") from error
+        raise UserError(f"checkpoint: {file} is none of a segmentation run ({reason})") from error
     load_checkpoint_to_model(model, state)
     model.dataset_meta = state["meta"]["dataset_meta"]
     model.to(on)

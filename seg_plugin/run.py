@@ -1,5 +1,6 @@
 """One segmentation fine-tuning: its inputs, its mmengine config, and its training."""
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -9,30 +10,38 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
+from pretrain.data import digest
 from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
 from pretrain.errors import Interrupted, UserError, enough
-from pretrain.files import read_mapping
+from pretrain.files import read_mapping, replacing
+from pretrain.jobs import start
 from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.run_lock import check_seen, run_lock
+from pretrain.settings import replaced
 from pretrain.signals import StopSignals
 from pretrain.weights import backbone_name
+from seg_plugin import plan
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
-from seg_plugin.data import recipe_for
+from seg_plugin.data import DATASETS, recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
 from seg_plugin.protocol import SegmentationProtocol
+
+IMAGES = "settings.images_hash"  # of a run's identity
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class SegmentationRun:
         workers: data-loading processes.
         model_kwargs: further arguments of ``build_backbone``.
         masks: how masks of your own data are read.
+        is_sure: the protocol may be far too long for the data.
     """
 
     backbone: str
@@ -60,6 +70,7 @@ class SegmentationRun:
     workers: int = 4
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     masks: MaskRule = MaskRule()
+    is_sure: bool = False
 
 
 def prepare(
@@ -74,6 +85,7 @@ def prepare(
     device: str = "auto",
     workers: int = 4,
     model_kwargs: Mapping[str, Any] | None = None,
+    is_sure: bool = False,
     **fields: Any,
 ) -> SegmentationRun:
     """A run on a data set, with what is left out found in the files.
@@ -82,7 +94,7 @@ def prepare(
         data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own (:mod:`pretrain.data.datasets`).
         backbone: registry name; a file of ours says it itself.
         dataset: a key of :data:`seg_plugin.data.DATASETS`; None: what the folder looks like.
-        weights, masks, seed, device, workers, model_kwargs: as :class:`SegmentationRun`.
+        weights, masks, seed, device, workers, model_kwargs, is_sure: as :class:`SegmentationRun`.
         fields: of the protocol (:class:`seg_plugin.protocol.SegmentationProtocol`), as values or text.
 
     Raises:
@@ -90,13 +102,31 @@ def prepare(
     """
     weights, masks = None if weights is None else Path(weights), masks or MaskRule()
     name, recipe = backbone_name(backbone, weights), recipe_for(data, dataset, fields, masks)
-    how = seed, device, workers, dict(model_kwargs or {}), masks
+    how = seed, device, workers, dict(model_kwargs or {}), masks, is_sure
     return SegmentationRun(name, weights, Path(data), Path(output), recipe, *how)
 
 
-def finetune(data: str | Path, *, output: str | Path, resume: bool = False, **options: Any) -> Path:
+def go_on(output: str | Path, data_changed: bool = False, **changes: Any) -> Path:
+    """:func:`finetune` of the run in a folder, from its last checkpoint, as it was started.
+
+    Args:
+        data_changed: of :func:`train`.
+        changes: ``device``, ``workers``.
+
+    Raises:
+        UserError: the folder does not say how it was started; as :func:`train`.
+    """
+    said = {**start.started(Path(output), ("data", "backbone", "dataset", "masks")), **changes}
+    said["masks"] = replaced(MaskRule(), said["masks"], "masks")
+    said["dataset"] = next(name for name, of in DATASETS.items() if of.protocol == said["dataset"])
+    return finetune(output=output, resume=True, data_changed=data_changed, **said)
+
+
+def finetune(
+    data: str | Path, *, output: str | Path, resume: bool = False, data_changed: bool = False, **options: Any
+) -> Path:
     """Fine-tune a segmenter; the arguments are :func:`prepare`'s, the rest :func:`train`'s."""
-    return train(prepare(data, output=output, **options), resume)
+    return train(prepare(data, output=output, **options), resume, data_changed)
 
 
 def config(run: SegmentationRun) -> Config:
@@ -115,13 +145,15 @@ def config(run: SegmentationRun) -> Config:
     return Config(values, cfg_text="made by seg_plugin.run\n", filename="config.py")  # of the saved copy
 
 
-def train(run: SegmentationRun, resume: bool = False) -> Path:
+def train(run: SegmentationRun, resume: bool = False, data_changed: bool = False) -> Path:
     """Train, validate, and write ``result.json`` (returned) and what else :mod:`seg_plugin.hooks` names.
 
     A finished run with the same settings is left as it is.
 
     Args:
         resume: continue from the folder's last checkpoint, if there is one.
+        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
+            from here on is that of the new ones, and the result is marked.
 
     Raises:
         UserError: bad data, weights or settings; the folder holds a run with other settings, or, without
@@ -130,26 +162,30 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
     """
     more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
-    with run_lock(run.output), enough(more, f"give --workers below {run.workers} and go on with --resume"):
-        return _train(run, resume)
+    lock = run_lock(run.output, newest_checkpoint)
+    with lock, enough(more, f"give --workers below {run.workers} and go on with --resume"):
+        return _train(run, resume, data_changed)
 
 
-def _train(run: SegmentationRun, resume: bool) -> Path:
+def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
     cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes, but this one was told no RANK"
         raise UserError(f"{told}: unset them, or use torchrun or posfield submit")
-    if _is_over(run, cfg):
+    is_over, changes = _is_over(run, cfg, data_changed)
+    checkpoint, parts = None if is_over else newest_checkpoint(output), label_sets(cfg)
+    now = {part: found.digest() for part, found in parts.items()}
+    said_of_data = digest.check_run(output, now, data_changed, {} if is_over or checkpoint else None)
+    said_of_data["changes"] += changes
+    if is_over:
         say(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
     # The run would meet a bad validation mask only after hours, and meets a bad training mask in the first epoch.
-    parts = label_sets(cfg)
     parts["validation"].check()
     images = [Path(image) for image, _ in parts["training"].files]
     check_share(cut_off(images), len(images))
-    checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
             told = f"holds an unfinished run ({checkpoint.name}); go on with it by --resume"
@@ -160,8 +196,12 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
-            runner = Runner.from_cfg(cfg)
+            plan.tell(run, len(images), len(parts["validation"].files), device, begins=checkpoint is None)
+            if distributed.is_main():
+                digest.leave(output, said_of_data)
+            runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
+            runner.register_hook(plan.ProgressHook(run.protocol.batch_size))
             at_end.callback(end_workers, runner)
             runner.train()
         distributed.barrier()  # until the main process has written the result
@@ -177,12 +217,36 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
     return output / FILE_NAME
 
 
-def _is_over(run: SegmentationRun, cfg: Config) -> bool:
-    saved, changed = Path(run.output) / SETTINGS_FILE, None
+class _Runner(Runner):
+    """mmengine's, whose checkpoints get their names once they are whole, and whose log goes to its file alone but for
+    warnings: on a terminal it begins with hundreds of lines."""
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *options: Any, **more: Any) -> None:
+        with replacing(Path(out_dir) / filename) as partial:
+            super().save_checkpoint(out_dir, partial.name, *options, **more)
+
+    def build_logger(self, *arguments: Any, **options: Any) -> MMLogger:
+        """mmengine's logger."""
+        logger = super().build_logger(*arguments, **options)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.WARNING)
+        return logger
+
+
+def _is_over(run: SegmentationRun, cfg: Config, data_changed: bool) -> tuple[bool, list[str]]:
+    """Whether the folder holds this run, finished; and how a run of an earlier version, which left no ``data.json``,
+    says that its data have changed, where that is wanted."""
+    saved, changed, of_data = Path(run.output) / SETTINGS_FILE, None, list[str]()
     if saved.is_file():
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
         vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
         before = read_mapping(saved, "output").get("weights_hash")
         weights_hash = file_hash(run.weights, before) if run.weights else None
         changed = changed_since(saved, identity(cfg, vit.model_kwargs, weights_hash, processes()))
-    return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False)
+        has_digest = (Path(run.output) / digest.FILE_NAME).is_file()
+        if IMAGES in changed and (has_digest or data_changed):
+            del changed[IMAGES]
+            of_data += ["other names of images"] * (not has_digest)
+    return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False), of_data

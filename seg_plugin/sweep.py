@@ -5,9 +5,11 @@ Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any
 end finds the results of all others and writes ``output/result.json``; two that end at once write the same bytes.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,9 +17,11 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.jobs import FAILED, LEFT, Runner, Stage, raise_for
+from pretrain.log import in_words
 from pretrain.results.provenance import config_hash, file_hash
-from pretrain.results.runs import POINTS
+from pretrain.results.runs import POINTS, read_log
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
+from pretrain.run_lock import is_held, tidy
 from seg_plugin.config import processes
 from seg_plugin.hooks import SETTINGS_FILE
 from seg_plugin.protocol import SWEEP, with_overrides
@@ -39,8 +43,10 @@ def points(run: SegmentationRun) -> list[SegmentationRun]:
     ]
 
 
-def run_point(run: SegmentationRun, index: int) -> Path:
+def run_point(run: SegmentationRun, index: int, data_changed: bool = False) -> Path:
     """Run one of :func:`points`, resuming it if it has begun, and conclude the sweep if it was the last.
+
+    ``data_changed`` is :func:`seg_plugin.run.train`'s.
 
     Returns:
         the sweep's ``result.json`` if all runs are done, otherwise this run's.
@@ -52,7 +58,7 @@ def run_point(run: SegmentationRun, index: int) -> Path:
     runs = points(run)
     if not 0 <= index < len(runs):
         raise UserError(f"sweep: there is no run {index}; the grid has 0 to {len(runs) - 1}")
-    result = train(runs[index], resume=True)
+    result = train(runs[index], resume=True, data_changed=data_changed)
     if int(os.environ.get("RANK", 0)) > 0:
         return result
     try:
@@ -80,6 +86,7 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
         told = "one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
         raise UserError(f"--sweep: {told}")
     folder = Path(run.output) / POINTS
+    tidy(Path(run.output), *{point.output.parent for point in points(run)})
     jobs = {
         str(point.output.relative_to(folder)): [Stage("run", point.output, [*command, str(index)])]
         for index, point in enumerate(points(run))
@@ -99,10 +106,37 @@ def _check_folder(run: SegmentationRun) -> None:
 
 
 def status(run: SegmentationRun) -> str:
-    """One line a run: its index, its folder, and its mIoU if it is finished."""
-    found = [point.output for point in points(run)]
-    done = [(at / FILE_NAME).is_file() and f"{read_result(at).metrics['miou']:.2f}" for at in found]
-    return "\n".join(f"{i:3d}  {at}  {miou or '-'}" for i, (at, miou) in enumerate(zip(found, done)))
+    """One line a run: its index, its folder, its state, its iteration and mIoU; at work also the time left."""
+    return "\n".join(f"{i:3d}  {point.output}  {_state(point)}" for i, point in enumerate(points(run)))
+
+
+def _state(run: SegmentationRun) -> str:
+    """``-`` (not begun), ``done, mIoU``, ``at work``, ``stopped``, and the iteration of the newest line."""
+    folder, most = Path(run.output), run.protocol.max_iters
+    if (folder / FILE_NAME).is_file():
+        return f"done  {_result(folder).metrics['miou']:.2f}"
+    if not (folder / "metrics.jsonl").is_file():
+        return "at work" if is_held(folder) else "-"
+    log = read_log(folder / "metrics.jsonl", [])
+    at = max(log, default=0)
+    scores = [terms["miou"] for terms in log.values() if "miou" in terms]
+    told = f"iteration {at:,} of {most:,}" + (f", mIoU {scores[-1]:.2f}" if scores else "")
+    if not is_held(folder):
+        return f"stopped at {told}"
+    seconds = [float(line["time"]) for line in _timed(folder)][-20:]
+    left = f", {in_words(fmean(seconds) * (most - at))} left" if seconds else ""
+    return f"at work, {told}{left}"
+
+
+def _timed(folder: Path) -> list[dict[str, Any]]:
+    """The newest start's lines in mmengine's log that say the seconds of an iteration."""
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # cut off
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "time" in line and "loss" in line]
 
 
 def conclude(run: SegmentationRun) -> Path | None:
@@ -114,7 +148,7 @@ def conclude(run: SegmentationRun) -> Path | None:
     runs = points(run)
     if not all((point.output / FILE_NAME).is_file() for point in runs):
         return None
-    results = [read_result(point.output) for point in runs]
+    results = [_result(point.output) for point in runs]
     weights_hash = file_hash(run.weights, results[0].weights_hash) if run.weights else None
     for point, result in zip(runs, results):
         told = ""
@@ -125,6 +159,19 @@ def conclude(run: SegmentationRun) -> Path | None:
         if told:
             raise UserError(f"sweep: {point.output} {told} and start again")
     return write_result(_summary(runs, results), run.output)
+
+
+def _result(folder: Path) -> Result:
+    """Of a run of the grid.
+
+    Raises:
+        UserError: it cannot be read, or says too little; names it.
+    """
+    result = read_result(folder)
+    for name in ("miou", "macc", "aacc", "iou"):
+        if name not in result.metrics:
+            raise UserError(f"sweep: {folder / FILE_NAME} has no {name}; remove its folder and start again")
+    return result
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:

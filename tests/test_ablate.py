@@ -429,7 +429,7 @@ def test_the_command_ends_in_a_table_of_all_rows(tmp_path, fake_tools, capsys):
     assert len(fake_tools.ran) == 30
 
 
-def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
+def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools, capsys):
     fake_tools.failing, fake_tools.slow = "table3_lpos/seed_1", "method/seed_2"
     with pytest.raises(Interrupted, match="1 of 15 jobs are left.*; 1 of 15 jobs failed: table3_lpos/seed_1"):
         TOOL["main"](["--output", str(tmp_path)])
@@ -446,6 +446,11 @@ def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
     fake_tools.slow = ""
     TOOL["main"](["--output", str(tmp_path)])
     assert (tmp_path / "ablation.md").read_text().count("11.0 ± 1.0 (n=3)") == 5
+    (tmp_path / "reference_image" / "seed_2" / "det" / "result.json").write_text("{")
+    with pytest.raises(UserError, match="1 of 15 jobs failed: reference_image/seed_2"):
+        TOOL["main"](["--output", str(tmp_path)])
+    assert (tmp_path / "ablation.md").read_text().count("11.0 ± 1.0 (n=3)") == 4
+    assert "left out: reference_image/seed_2: " in capsys.readouterr().err
 
 
 def test_the_command_passes_on_what_asks_it_to_stop(tmp_path, monkeypatch, harmless_sigterm):

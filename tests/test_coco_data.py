@@ -22,7 +22,7 @@ from det_plugin.coco.masks import coco_api, encode_mask
 from det_plugin.coco.metrics import coco_metrics
 from det_plugin.loader import batches
 from det_plugin.protocol import n_share, protocol, with_overrides
-from det_plugin.run import DetectionRun
+from det_plugin.run import DetectionRun, run_deviations
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import train
 from det_plugin.train import choose_engine, settings_of
@@ -89,7 +89,7 @@ def test_an_export_is_evaluated_on_valid_then_val_then_test(root):
 def test_missing_files_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no file .*nowhere and no folder"):
         locate(tmp_path / "nowhere", "train")
-    (root / "train2017").rename(root / "images")
+    (root / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(
         UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"
     ):
@@ -106,12 +106,13 @@ BOMB = "".join(LINKS) + "train: *a11"  # 9 ** 12 numbers, if it were written out
 
 @pytest.mark.parametrize("text, message", [
     ("train: {annotations: a.json, images: .}", "no file .*a.json"),
-    ("val: {annotations: a.json, images: .}", "must hold train: .*not train: None"),
+    ("val: {annotations: a.json, images: .}", "must hold train: "),
     ("train: {annotations: a.json}", "must hold train: {annotations: FILE, images: FOLDER}"),
     ("train: {annotations: a.json, images: ., extra: b}", "must hold train"),
     ("train: {annotations: 3, images: .}", "must hold train"),
     ("train: " + "[" * 5000, "is no YAML"), (BOMB, "must hold train"),
-    ("train: coco", "not train: 'coco'"), ("- train", "must hold train"), ("a: [", "is no YAML"), ("", "must hold train"),
+    ("train: coco", "must hold train: {annotations: FILE, images: FOLDER}$"), ("- train", "must hold train"),
+    ("a: [", "is no YAML"), ("", "must hold train"),
 ])  # fmt: skip
 def test_damaged_yaml_is_named(tmp_path, text, message):
     (tmp_path / "data.yaml").write_text(text)
@@ -119,8 +120,11 @@ def test_damaged_yaml_is_named(tmp_path, text, message):
         locate(tmp_path / "data.yaml", "train")
     assert "\n" not in str(error.value)
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.json is neither a folder nor a \.yaml file"):
+    with pytest.raises(UserError, match=r"data\.json is no COCO instances file"):
         locate(tmp_path / "data.json", "train")
+    (tmp_path / "data.txt").write_text("{}")
+    with pytest.raises(UserError, match=r"data\.txt is neither a folder nor a \.yaml file"):
+        locate(tmp_path / "data.txt", "train")
 
 
 # --- a share of the images --------------------------------------------------------------------------------
@@ -138,6 +142,21 @@ def test_a_share_is_the_same_in_every_run_and_of_the_images_that_training_uses(t
     assert sorted(ids(read(root, share=0.5))) == ids(half) and ids(read(root, share=0.5)) == ids(half)[::-1]
     data = Data.read(root, with_overrides(RECIPE, dict(train_share=0.5)))
     assert sorted(ids(data.train)) == ids(half) and len(data.val.pictures) == 4
+
+
+def test_validation_images_that_are_training_images_are_told(tmp_path, capsys):
+    root = write_coco(tmp_path / "coco")
+    assert Data.read(root, RECIPE).n_shared == 0
+    (root / "again.yaml").write_text(
+        "train: {annotations: annotations/instances_val2017.json, images: val2017}\n"
+        "val: {annotations: annotations/instances_val2017.json, images: val2017}\n"
+    )
+    data = Data.read(root / "again.yaml", RECIPE)
+    assert data.n_shared == 3  # the last one has no object to learn from
+    assert "3 of the 4 validation images are training images, too" in capsys.readouterr().err
+    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu")
+    assert run_deviations(run, (3, 4), data.n_shared)["shared_images"] == [0, 3]
+    assert "shared_images" not in run_deviations(run, (3, 4))
 
 
 @pytest.mark.detectron2
@@ -384,16 +403,21 @@ def test_an_iscrowd_of_another_type_is_zero(pristine, root, flag):
     assert coco_metrics(file, found) == coco_metrics(annotation_file(pristine, "val"), found)
 
 
-def test_the_evaluation_is_tried_before_the_first_iteration(root, tmp_path, monkeypatch):
-    def broken(*args):
-        raise TypeError("'<' not\nsupported")
+@pytest.mark.parametrize("which", [0, 1, 3, 4, 5, 6])  # the third is a crowd, whose area is not read
+def test_the_evaluation_is_tried_before_the_first_iteration(root, tmp_path, monkeypatch, which):
+    """Whichever annotation of the file breaks it."""
 
-    monkeypatch.setattr(coco_metrics_module, "coco_metrics", broken)
+    def broken(*args):
+        truth = read_truth(*args)
+        truth["annotations"][which]["area"] = "5"
+        return truth
+
+    monkeypatch.setattr(coco_metrics_module, "read_truth", broken)
     run = DetectionRun(
         TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1)
     )
     with pytest.raises(
-        UserError, match=r"val2017\.json cannot be evaluated \(TypeError: '<' not supported\)"
+        UserError, match=r"val2017\.json cannot be evaluated \(TypeError: '<' not supported between instances"
     ):
         train(run)
     assert not run.output.exists()

@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from ade_fixture import write_ade
-from coco_fixture import write_coco
+from coco_fixture import annotation_file, edit, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import PROTOCOLS
 from pretrain.build import build_backbone
 from pretrain.cli import command
+from pretrain.data.digest import hash_of_file
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import write_json
 from pretrain.jobs import compare
 from pretrain.jobs.compare_config import Comparison, Entry, load_comparison, name_of
 from pretrain.jobs.runner import gpu_groups
@@ -142,7 +144,7 @@ BOMB = (
         (f"{{weights: {BOMB}, entries: []}}", "no readable YAML .*aliases"),
         (f"{{detection_overrides: {{lr: {BOMB}}}, entries: []}}", "no readable YAML .*aliases"),
         ("{detection_overrides: {lr: &a [*a]}, entries: []}", "no readable YAML .*aliases"),
-        ("weights: a\nweights: b", "no readable YAML .*'weights' stands twice"),
+        ("weights: a\nweights: b", "no readable YAML .line 2: the key stands twice"),
         ("entries: []", r"entries=\[\] should have at least 1 item"),
     ],
 )
@@ -566,6 +568,31 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(work, capsys):
     assert work.calls() == {f"one/{DET}": 1, f"one/{SEG}": 1, f"two/{DET}": 1, f"two/{SEG}": 1}
 
 
+def test_rows_over_other_data_are_told_before_anything_is_begun(work, capsys):
+    write_coco(work.folder / "own")
+    work.happens(**{f"two__{DET}": 3})
+    with pytest.raises(UserError, match=f"^failed: two/{DET}$"):
+        work(coco="own")
+    # the stand-ins leave no digest
+    now = {
+        s: {"annotations": hash_of_file(annotation_file(work.folder / "own", s))} for s in ("train", "val")
+    }
+    write_json(work.out / "one" / DET / "data.json", {"digest": now, "changes": []})
+    with pytest.raises(UserError, match=f"^failed: two/{DET}$"):
+        work(coco="own")
+    edit(annotation_file(work.folder / "own", "val"), lambda content: content["annotations"].pop())
+    work.happens()
+    with pytest.raises(UserError, match=rf"^data: one/{DET} .*\(val: other annotations\); .*--data-changed$"):
+        work(coco="own")
+    assert f"two/{DET}" not in work.calls()
+    work("--data-changed", "--dry-run", coco="own")
+    assert "--data-changed" in capsys.readouterr().out
+    work("--data-changed", coco="own")
+    assert work.calls()[f"two/{DET}"] == 1 and "val: other annotations" in capsys.readouterr().err
+    # nothing is left to begin
+    work(coco="own")
+
+
 def test_tables_are_written_of_what_is_done(work, capsys):
     work.happens(**{f"one__{DET}": 3, f"one__{SEG}": 3})
     with pytest.raises(UserError):
@@ -590,6 +617,25 @@ def test_tables_are_written_of_what_is_done(work, capsys):
         (work.out / "c.md").unlink()
         work(*words)
         assert "two" in (work.out / "c.md").read_text()
+
+
+def test_a_result_that_cannot_be_read_is_named_and_the_others_are_drawn(work, capsys):
+    work()
+    (work.out / "one" / DET / "result.json").write_text("[" * 100_000)
+    (work.out / "c.md").unlink()
+    stopped = subprocess.Popen([sys.executable, "-c", ""])
+    stopped.wait()
+    parts = [work.out / f".c.md.{stopped.pid}.partial", work.out / "one" / f".a.run.{stopped.pid}.partial"]
+    for part in parts:
+        part.write_text("x")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"^failed: one/{DET}$"):
+        work("--tables")
+    said = capsys.readouterr().err
+    assert f"failed: one/{DET}: {work.out / 'one' / DET / 'result.json'}: not JSON (nested more than" in said
+    text = (work.out / "c.md").read_text()
+    assert "30.0" in text and text.count("40.0") == 2  # detection of two, segmentation of both
+    assert not any(part.exists() for part in parts)
 
 
 def test_other_settings_never_replace_a_result(work, capsys):

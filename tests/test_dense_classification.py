@@ -90,7 +90,11 @@ def test_equals_a_plain_loop(features, tmp_path):
     metrics = knn_classification(features, root, SMALL).metrics
     expected = {k: by_loop(features, root, k) for k in (2, 5, 20)}
     assert metrics == pytest.approx(
-        {"knn_top1": expected[20], **{f"knn_top1_k{k}": expected[k] for k in (2, 5, 20)}}
+        {
+            "knn_top1": expected[20],
+            "largest_class": 100 / 3,
+            **{f"knn_top1_k{k}": expected[k] for k in (2, 5, 20)},
+        }
     )
     assert len({*expected.values()}) > 1 and min(expected.values()) > 34 and max(expected.values()) < 100
 
@@ -133,10 +137,10 @@ def test_chunks_of_the_search_change_nothing(monkeypatch):
 def test_too_many_neighbors_are_left_out_with_a_warning(features, root):
     with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training images"):
         metrics = knn_classification(features, root, KnnSettings(resize_px=40, crop_px=32)).metrics
-    assert list(metrics) == ["knn_top1", "knn_top1_k10", "knn_top1_k20"]
+    assert list(metrics) == ["knn_top1", "knn_top1_k10", "knn_top1_k20", "largest_class"]
     with pytest.warns(UserWarning, match=r"k=\[20\]"):
         metrics = knn_classification(features, root, SMALL, max_images=6).metrics  # of each part
-    assert list(metrics) == ["knn_top1_k2", "knn_top1_k5"]
+    assert list(metrics) == ["knn_top1_k2", "knn_top1_k5", "largest_class"]
     with pytest.raises(UserError, match="knn: k=2 is more than the 1 training images"):
         knn_classification(features, root, SMALL, max_images=1)
 

@@ -108,6 +108,7 @@ def test_equals_scikit_learn_and_scipy(features, squares):
         "clustering_miou_std",
         "clustering_k6_miou",
         "clustering_k6_miou_std",
+        "val_classes",
     ]
     assert outcome.maps.keys() == {"clustering"} and len(outcome.maps["clustering"]) == 3
     for i in range(3):
@@ -169,13 +170,16 @@ def test_seeds_and_pool(features, squares):
         ).metrics
         for seed in (0, 1)
     ]
-    assert single[0].keys() == {"clustering_miou", "clustering_k5_miou"} and single[0] != single[1]
+    assert (
+        single[0].keys() == {"clustering_miou", "clustering_k5_miou", "val_classes"}
+        and single[0] != single[1]
+    )
 
 
 def test_the_pool_is_drawn_from_all_patches(features, squares):
     all_patches, _ = all_of(features, squares, 4)
     settings = ClusteringSettings(image_px=SIDE, label_px=4, pca_dim=99, max_patches=50)
-    project, pool = module._pool(features, squares, settings)
+    project, pool = module._pool(features, squares, settings, None)
     distances = torch.cdist(pool.double(), project(torch.from_numpy(all_patches)))
     rows = distances.argmin(1)
     assert pool.shape == (50, 12) and distances.min(1).values.max() < 1e-5

@@ -249,7 +249,7 @@ def test_figures_of_a_run_and_its_page(tmp_path, two_features):
     maps = {name: [halves(1, 2, 20)] * 2 for name in ("linear", "in_context", "clustering")}
     write_result(dense(), tmp_path)
     write(tmp_path, images, labels, maps, CLASSES, two_features, 64)
-    shown = read_figures(tmp_path / "figures")
+    shown = read_figures(tmp_path / "figures", [])
     assert [figure.title for figure in shown] == [
         "Segmentation and clusters",
         "Principal components of the patches",
@@ -268,4 +268,4 @@ def test_figures_of_a_run_and_its_page(tmp_path, two_features):
 
 def test_nothing_to_draw_leaves_nothing(tmp_path):
     write(tmp_path, [], [], {"linear": []}, CLASSES, [], 64)
-    assert read_figures(tmp_path / "figures") == []
+    assert read_figures(tmp_path / "figures", []) == []

@@ -177,7 +177,7 @@ def test_classes_that_a_part_lacks():
     absent = linear(
         features, blocks_set(24, "train", (1, 2, 3)), blocks_set(6, "val", (1, 3)), settings
     ).metrics
-    assert absent == {"linear_miou": 100, "linear_class_iou": {"a": 100, "c": 100}}
+    assert absent == {"linear_miou": 100, "val_classes": 2, "linear_class_iou": {"a": 100, "c": 100}}
     val = blocks_set(6, "val", (1, 2))
     val = replace(val, labels=[*val.labels[:5], np.where(val.labels[5] == 2, 3, val.labels[5])])
     wrong, right = ((np.stack(val.labels) == c).sum() for c in (3, 2))

@@ -16,7 +16,7 @@ from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.render import FORMATS, render
 from pretrain.results.report import build_report, tables_of
 from pretrain.results.runs import Run
-from pretrain.results.schema import read_result, write_result
+from pretrain.results.schema import read_result, to_json, write_result
 from pretrain.results.tables import posttraining_table, pretraining_table
 
 
@@ -223,12 +223,55 @@ def test_differences_to_the_method_that_it_started_from():
     assert "Δ" not in render(dense_table([before, *after]), "md")
 
 
+def test_a_network_is_called_by_its_real_patch_and_compared_with_its_like_alone():
+    """DINOv2's ViT-S/14 is built under the registered name of a ViT-S/16."""
+    fourteen = dense(method="NeCo", patch_px=14, metrics={"linear_miou": 80.0})
+    sixteen = dense(method="DINO", metrics={"linear_miou": 50.0})
+    assert dense(patch_px=16).patch_px is None and "patch_px" not in to_json(sixteen)
+    assert fourteen.with_changes(backbone="vit_small_patch16_reg4").network == "vit_small_patch14_reg4"
+    table = dense_table([fourteen, sixteen], against="DINO")
+    rows = {row["method"]: row for row in csv_rows(table) if row["source"] == "measured"}
+    assert {name: row["backbone"] for name, row in rows.items()} == {"NeCo": "ViT-S/14", "DINO": "ViT-S/16"}
+    assert rows["NeCo"]["linear_miou_difference"] == ""
+    assert "No Δ: NeCo, ViT-S/14 on Pascal VOC 2012 (DINO is ViT-S/16)." in table.notes
+    both = dense_table([fourteen, fourteen.with_changes(method="DINOv2")], against="DINOv2")
+    assert {row["linear_miou_difference"] for row in csv_rows(both)[6:]} == {"", "0.0"}
+    assert not any(note.startswith("No Δ") for note in both.notes)
+    # Nor are they seeds of one row.
+    seeds = [dense(seed=0, weights_hash="a"), dense(seed=1, weights_hash="b", patch_px=14)]
+    assert [row["linear_miou_n"] for row in csv_rows(dense_table(seeds))[6:]] == ["1", "1"]
+
+
+def test_sets_of_one_name_are_not_differenced():
+    numbers = {"linear_miou": 70.0, "images": 40}
+    runs = [dense("toy", method="iBOT", metrics=numbers), dense("toy", metrics=numbers, labels="4 classes")]
+    runs += [dense("toy", method="PaKA", metrics=numbers | {"images": 41})]
+    table = dense_table(runs, against="iBOT")
+    assert {row["linear_miou_difference"] for row in csv_rows(table)} == {""}
+    assert any("intertwined, ViT-S/16 on toy (iBOT was evaluated otherwise)" in note for note in table.notes)
+
+
+def test_every_kind_of_result_is_called_by_its_real_patch():
+    runs = [
+        result("detection", {"box_ap": 40.0}, patch_px=14),
+        result("pretrain", {"loss": 1.0}, patch_px=14, weights_hash="another"),
+    ]
+    tables = tables_of(runs)
+    backbones = [
+        row["backbone"] for table in tables for row in csv_rows(table) if row.get("source") != "published"
+    ]
+    assert backbones == ["ViT-S/14", "vit_small_patch14"]
+    assert "ViT-S/14" in build_report([Run(run, {}, []) for run in runs])
+
+
 def test_differences_only_where_the_evaluation_is_the_same():
     runs = [
         dense(method="iBOT"),
         dense(method="PaKA", deviations={"linear.epochs": [25, 2]}, metrics={"linear_miou": 75.0}),
     ]
-    assert {row["linear_miou_difference"] for row in csv_rows(dense_table(runs, against="iBOT"))} == {""}
+    table = dense_table(runs, against="iBOT")
+    assert {row["linear_miou_difference"] for row in csv_rows(table)} == {""}
+    assert "No Δ: PaKA, ViT-S/16 on Pascal VOC 2012 (iBOT was evaluated otherwise)." in table.notes
     with pytest.raises(UserError, match="'DINO'; there are PaKA, iBOT"):
         dense_table(runs, against="DINO")
     with pytest.raises(UserError, match="none at all"):

@@ -64,7 +64,7 @@ ODD = with_overrides(
         roi_positive_fraction=0.35, box_pool=5, box_convs=2, box_fc=48, mask_pool=6, mask_convs=2,
         box_weights=(9.0, 8.0, 7.0, 6.0), score_threshold=0.15, nms=0.4, detections_per_image=9,
         amp_dtype="bfloat16", window_size=3, global_blocks=2, freeze_backbone=True, train_share=0.4, crowds="objects",
-        masks="on", keep_empty=True,
+        masks="on", keep_empty=True, val_share=0.25,
     ),
 )  # fmt: skip
 
@@ -171,6 +171,7 @@ def numbers_of(cfg):
     optimizer, dataset = instantiate(cfg.optimizer), cfg.dataloader.train.dataset
     train_share, crowds = dataset.share, dataset.get("crowds", "ignored")
     masks, keep_empty = dataset.get("masks", "auto"), dataset.get("keep_empty", False)
+    val_share = dataset.get("val_share", 0.0)
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
@@ -209,6 +210,7 @@ def numbers_of(cfg):
         crowds=crowds,
         masks=masks,
         keep_empty=keep_empty,
+        val_share=val_share,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         keep_special_tokens=pyramid.net.options.keep_special_tokens,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest.importorskip(
     "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
 )
 
-from coco_fixture import CATEGORIES, annotation_file, write_coco
+from coco_fixture import CATEGORIES, annotation_file, edit, write_coco
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
@@ -85,6 +86,26 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole, workers, lost_
     train(run, resume=True)
     assert_same_end(run, whole)
     assert len(metrics_lines(run.output)) == 5 and "box_ap" in metrics_lines(run.output)[1]
+
+
+def test_other_data_are_told_and_gone_on_over_when_asked(tmp_path, coco, whole, capsys):
+    run = copied(whole, tmp_path / "run", "model_0000001.pth")
+    run = replace(run, data=Path(shutil.copytree(coco, tmp_path / "own")))
+    edit(annotation_file(run.data, "train"), lambda content: content["annotations"][0].update(area=1))
+    with pytest.raises(UserError, match=r"^output: .*\(train: other annotations\); .*--data-changed"):
+        train(run, resume=True)
+    train(run, resume=True, data_changed=True)
+    assert "over other data (train: other annotations)" in capsys.readouterr().err
+    told = read_result(run.output).protocol.deviations["data"]
+    assert told == ["the same to the end", "train: other annotations"]
+    assert "data" not in read_result(whole.output).protocol.deviations
+    with pytest.raises(UserError, match="train: other annotations"):
+        train(replace(run, data=coco))
+    before = copied(whole, tmp_path / "before", "model_0000001.pth")
+    (before.output / "data.json").unlink()
+    train(before, resume=True)
+    assert "at most the number of images is compared" in capsys.readouterr().err
+    assert_same_end(before, whole)
 
 
 def test_a_signal_saves_and_the_run_goes_on(tmp_path, coco, whole, monkeypatch):

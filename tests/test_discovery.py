@@ -126,7 +126,7 @@ def test_keys_are_those_of_the_last_attention(model_kwargs):
     with frozen(backbone):
         inputs = []
         with backbone.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
-            keys = features.keys(images)
+            keys = features.attended(images)
         k = backbone.blocks[-1].attn.heads(backbone.blocks[-1].norm1(inputs[0]))[
             1
         ]  # [B, heads, S + N, D / heads]
@@ -332,8 +332,8 @@ def test_malformed_coco(tmp_path, spoil, said):
 
 def test_what_is_asked_for_and_not_there(tmp_path):
     coco, voc = write_coco(tmp_path / "coco"), write_voc(tmp_path / "voc")
-    (tmp_path / "list.txt").write_text("000000000099\n")
-    for root in (coco, voc):
+    for root, there in ((coco, "000000001001"), (voc, "000000")):
+        (tmp_path / "list.txt").write_text(f"{there}\n000000000099\n")
         with pytest.raises(UserError, match="'000000000099'"):
             read_boxes(root, names=tmp_path / "list.txt")
     with pytest.raises(UserError, match="no folder test2017/"):
@@ -350,14 +350,19 @@ def test_what_is_asked_for_and_not_there(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
+    return write_contrast(tmp_path / "b.safetensors")
+
+
+def write_contrast(file, key_bias=0.0):
     backbone = build_backbone("vit_tiny_patch16", depth=1, pos_encoding="none", has_cls=False)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+        backbone.blocks[-1].attn.qkv.bias.chunk(3)[1].fill_(key_bias)
     said = {"method": "mine", "effective_epochs": 12}
     return save_backbone(
-        tmp_path / "b.safetensors",
+        file,
         backbone.state_dict(),
         name="vit_tiny_patch16",
         model_kwargs=backbone.model_kwargs,
@@ -373,6 +378,9 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     assert result.metrics == {
         "corloc_lost": 80.0,
         "corloc_tokencut": 80.0,
+        "void_lost": 0.0,
+        "void_tokencut": 0.0,
+        "corloc_whole_image": 0.0,
         "images": 5,
     }  # all but the one whose truth is elsewhere
     assert result.kind == "analysis" and result.protocol.full and result.effective_epochs == 12
@@ -388,8 +396,10 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
             hits += best > 0.5
         assert 100 * hits / len(rows) == result.metrics[f"corloc_{method}"]
     table = (out / "corloc.csv").read_text().splitlines()
-    assert table == ["checkpoint,images,corloc_lost,corloc_tokencut", "mine,5,80.00,80.00"]
-    assert "corloc_lost 80.00, corloc_tokencut 80.00 (5 images)" in capsys.readouterr().out
+    heads = "checkpoint,images,features,corloc_lost,corloc_tokencut,corloc_whole_image"
+    assert table == [heads, "mine,5,keys,80.00,80.00,0.00"]
+    said = capsys.readouterr().out
+    assert "lost 80.00, corloc_tokencut 80.00; of the whole image 0.00 (5 images, keys)" in said
     picture = np.asarray(Image.open(out / "checkpoints" / "mine" / "figures" / "boxes.png"))
     assert (
         min(picture.shape[:2]) > 300
@@ -425,7 +435,9 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
         ]
     )
     results = [read_result(file) for file in sorted((out / "b").glob("checkpoints/*/result.json"))]
-    assert len(results) == 2 and set(results[0].metrics) == {"corloc_lost", "images"}
+    assert len(results) == 2 and set(results[0].metrics) == {
+        *("corloc_lost", "void_lost", "corloc_whole_image", "images")
+    }
     assert set(results[0].protocol.deviations) == {"size", "features", "max_images", "no_hard"}
 
 
@@ -498,7 +510,69 @@ def test_the_tools_errors(tmp_path, weights):
     for extra, said in (
         ([], r"000001\.jpg cannot be read"),
         (["--size", "-1"], "--size: -1"),
-        (["--size", "9999"], "patches"),
+        (["--size", "9999", "--features", "keys"], "patches"),
     ):
         with pytest.raises(UserError, match=said):
             load_tool("evaluate discovery").main([*arguments, *extra])
+
+
+def discovered(tmp_path, key_bias, *words):
+    out = tmp_path / "out"
+    where = ["--data", write_voc(tmp_path / "VOC2007"), "--output", out, "--device", "cpu", "--show", "0"]
+    weights = write_contrast(tmp_path / "b.safetensors", key_bias)
+    load_tool("evaluate discovery").main(list(map(str, ["--weights", weights, *where, *words])))
+    return read_result(out / "checkpoints" / "mine"), (out / "corloc.csv").read_text().splitlines()
+
+
+def test_a_bias_that_makes_all_products_of_keys_positive_is_left_away(tmp_path, capsys):
+    """As in DINOv2's files; attention does not depend on it."""
+    result, table = discovered(tmp_path, 5.0)
+    assert (result.metrics["corloc_lost"], result.metrics["corloc_tokencut"]) == (80.0, 80.0)
+    assert result.protocol.deviations == {"features": ["keys", "keys-without-bias"]}
+    said = capsys.readouterr().out
+    assert "features: keys-without-bias, for 100 % of the products of keys are positive" in said
+    assert table[1] == "mine,5,keys-without-bias,80.00,80.00,0.00"
+
+
+@pytest.mark.parametrize("of", ["keys", "values"])
+def test_the_whole_image_in_every_image_is_no_corloc(tmp_path, of, capsys):
+    result, table = discovered(tmp_path, 5.0, "--features", of)
+    if of == "values":
+        assert result.metrics["corloc_lost"] == 80.0 and result.metrics["void_lost"] == 0
+        return
+    assert set(result.metrics) == {"void_lost", "void_tokencut", "corloc_whole_image", "images"}
+    assert result.metrics["void_lost"] == result.metrics["void_tokencut"] == 100
+    assert table[1] == "mine,5,keys,,,0.00"
+    assert "no CorLoc of lost: in 5 of 5 images it finds the whole image" in capsys.readouterr().out
+
+
+def test_patches_that_are_resampled_are_a_deviation(tmp_path):
+    result, _ = discovered(tmp_path, 0.0, "--patch-size", "8")
+    assert result.protocol.deviations == {"patch_size": [16, 8]} and result.network == "vit_tiny_patch8"
+
+
+def test_the_whole_images_own_corloc_is_named(tmp_path):
+    """Objects that fill their images are found by whoever says so of every image."""
+    root = write_voc(tmp_path / "VOC2007")
+    edit(root, "Annotations/000001.xml", "<xmin>17<", "<xmin>2<")
+    for corner, old, new in (("ymin", 49, 2), ("xmax", 64, 165), ("ymax", 112, 148)):
+        edit(root, "Annotations/000001.xml", f"<{corner}>{old}<", f"<{corner}>{new}<")
+    weights, out = write_contrast(tmp_path / "b.safetensors"), tmp_path / "o"
+    words = ["--weights", weights, "--data", root, "--output", out, "--device", "cpu"]
+    load_tool("evaluate discovery").main(list(map(str, words)))
+    assert read_result(out / "checkpoints" / "mine").metrics["corloc_whole_image"] == 20.0
+
+
+def test_queries_keys_and_values_are_told_apart():
+    backbone = randomize(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none"))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 48), dtype=np.uint8))
+    features, bias = Features(backbone, CPU, nullcontext()), backbone.blocks[-1].attn.qkv.bias.detach()
+    with frozen(backbone):
+        seen = []
+        with backbone.blocks[-1].attn.qkv.register_forward_hook(lambda _, __, out: seen.append(out)):
+            found = {name: features.attended(images, name) for name in ("queries", "keys", "values")}
+            bare = features.attended(images, "keys", bias=False)
+    for third, name in enumerate(found):
+        expected = seen[0][:, 1:, 24 * third : 24 * (third + 1)]
+        torch.testing.assert_close(found[name], expected)
+    torch.testing.assert_close(bare, found["keys"] - bias[24:48])

@@ -3,6 +3,7 @@ twice, bad input by name."""
 
 import json
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from dense_fixture import write_start
 from label_set_fixture import write_folder, write_voc
 from photos import write_photos
+from PIL import Image
 from reference_vit import DinoViT, filled, saved
 from tool_fixture import ended, load_tool
 
@@ -104,7 +106,8 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
 
     run = read_run(tmp_path / "out" / "result.json")
     result, other = run.result, read_result(tmp_path / "out" / "knn")
-    assert result.metrics == expected and other.metrics == of_classes
+    assert result.metrics == expected | {"images": 2} and other.metrics == of_classes | {"images": 6}
+    assert other.labels == "2 classes of classes"
     assert {
         "linear_miou",
         "in_context_miou",
@@ -112,7 +115,7 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
         "clustering_miou",
         "clustering_k6_miou",
     } <= set(expected)
-    assert set(of_classes) == {"knn_top1_k1", "knn_top1_k3"}
+    assert set(of_classes) == {"knn_top1_k1", "knn_top1_k3", "largest_class"}
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("dense", "earlier", 12.5, 3)
     assert (result.backbone, result.weights_hash) == ("vit_tiny_patch16", file_hash(weights))
     assert (result.protocol.name, other.protocol.name) == ("dense-toy", "dense-knn")
@@ -147,7 +150,8 @@ def test_a_file_of_dinos_on_voc_says_all_deviations(home, tmp_path):
         home, tmp_path / "out", *some, weights="dino.pth", data="voc"
     )  # --tasks takes the words after it, too
     result = read_result(tmp_path / "out")
-    assert set(result.metrics) == {"in_context_miou", "in_context_hungarian_miou", "in_context_class_iou"}
+    mious = {"in_context_miou", "in_context_hungarian_miou", "in_context_class_iou"}
+    assert set(result.metrics) == mious | {"val_classes", "images"}
     assert (result.method, result.backbone, result.effective_epochs) == ("DINO", "vit_tiny_patch16", None)
     changed = result.protocol.deviations
     assert result.protocol.name == "dense-voc2012" and set(changed) == {
@@ -332,6 +336,23 @@ def test_other_weights_or_another_set_are_not_gone_on_with(home, finished):
         evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume", weights="dino.pth")
 
 
+def test_a_finished_task_over_other_masks_is_not_gone_on_with(home, finished):
+    mask = sorted((home / "toy").rglob("*.png"))[0]
+    before = mask.read_bytes()
+    try:
+        Image.fromarray(np.asarray(Image.open(mask))).save(mask, compress_level=0)
+        with pytest.raises(UserError, match=r"linear\.json is of another evaluation: digest\.0\.sizes"):
+            evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume")
+        # a task of an earlier version holds no digest
+        task = finished / "tasks" / "linear.json"
+        content = json.loads(task.read_text())
+        del content["of"]["digest"]
+        task.write_text(json.dumps(content))
+        evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume")
+    finally:
+        mask.write_bytes(before)
+
+
 def test_a_task_more_needs_the_settings_of_its_own_alone(home, finished, capsys):
     linear = read_result(finished).metrics
     evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume")
@@ -491,3 +512,94 @@ def test_nothing_to_evaluate_on(home, tmp_path):
         evaluate(home, tmp_path, data=None)
     with pytest.raises(UserError, match="--before has no effect without --data"):
         evaluate(home, tmp_path, "--knn-root", home / "classes", "--before", home / "dino.pth", data=None)
+
+
+def test_a_vit_of_patches_of_14_px_is_no_other_in_the_table(home, tmp_path):
+    """Its registered name says 16: it was called ViT-S/16, and differenced against one."""
+    task = ["linear.image_px=28", "linear.label_px=14", "linear.epochs=1", "linear.batch_size=2"]
+    for side in (14, 16):
+        write_start(tmp_path / f"{side}.safetensors", depth=1, patch_size=side)
+        out = tmp_path / f"out{side}"
+        evaluate(home, out, "--tasks", "linear", *task, weights=tmp_path / f"{side}.safetensors")
+    results = [read_result(tmp_path / f"out{side}") for side in (14, 16)]
+    results = [result.with_changes(method=f"of {i}") for i, result in enumerate(results)]
+    rows = [row for row in dense_table(results, against="of 1").records if row["source"] == "measured"]
+    assert sorted(row["backbone"] for row in rows) == ["ViT-T/14", "ViT-T/16"]
+    assert {row["linear_miou_difference"] for row in rows} == {""}
+
+
+# --- numbers that mean nothing ----------------------------------------------------------------------------
+
+
+def test_validation_images_that_are_training_images_are_a_deviation(home, tmp_path, capsys):
+    shutil.copytree(home / "classes", tmp_path / "classes")
+    for name in ("bird", "cat"):
+        shutil.copy(
+            tmp_path / "classes/train" / name / "000.jpg", tmp_path / "classes/val" / name / "000.jpg"
+        )
+    words = ["--knn-root", tmp_path / "classes", *OF_KNN]
+    evaluate(home, tmp_path / "out", *words, data="")
+    assert read_result(tmp_path / "out").protocol.deviations["shared_images"] == [0, 2]
+    assert "2 of the 6 validation images are training images, too" in capsys.readouterr().out
+    (tmp_path / "val").mkdir()
+    shutil.rmtree(tmp_path / "classes/val")
+    os.symlink("train", tmp_path / "classes/val")
+    evaluate(home, tmp_path / "linked", *words, data="")
+    assert read_result(tmp_path / "linked").protocol.deviations["shared_images"] == [0, 6]
+    evaluate(home, tmp_path / "apart", "--knn-root", home / "classes", *OF_KNN, data="")
+    assert "shared_images" not in read_result(tmp_path / "apart").protocol.deviations
+
+
+def test_a_list_of_masks_that_names_an_image_in_both_parts(home, tmp_path, capsys):
+    write_folder(tmp_path / "flat", 4, 2, flat=True)
+    (tmp_path / "flat/val.txt").write_text("1000\n2\n3\n")
+    evaluate(home, tmp_path / "out", "--tasks", "linear", *LINEAR, data=tmp_path / "flat")
+    assert read_result(tmp_path / "out").protocol.deviations["shared_images"] == [0, 2]
+
+
+def test_one_class_is_none(home, tmp_path):
+    for part in ("train", "val"):
+        write_photos(tmp_path / "set" / part / "cat", n=3, size=(60, 44), seed=part == "val")
+    with pytest.raises(UserError, match="set/train: its images are all of one class; a classifier needs two"):
+        evaluate(home, tmp_path / "out", "--knn-root", tmp_path / "set", *OF_KNN, data="")
+
+
+@pytest.mark.parametrize("task", [*dense.DENSE_TASKS, KNN])
+def test_features_that_are_the_same_everywhere_have_no_score(home, tmp_path, task):
+    """A constant answer has a plausible accuracy, and mIoU."""
+    backbone = build_backbone("vit_tiny_patch16", home / "ours.safetensors")
+    state = backbone.state_dict()
+    state["norm.weight"] = torch.zeros_like(state["norm.weight"])
+    told = dict(name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs, provenance={"method": "flat"})
+    save_backbone(tmp_path / "flat.safetensors", state, **told)
+    knn = ["--knn-root", home / "classes", *OF_KNN]
+    own = {"linear": LINEAR, "in_context": IN_CONTEXT, "clustering": CLUSTERING}
+    where = dict(weights=tmp_path / "flat.safetensors", data="" if task == KNN else "toy")
+    with pytest.raises(UserError, match="features are the same everywhere"):
+        evaluate(home, tmp_path / "out", *(knn if task == KNN else ["--tasks", task, *own[task]]), **where)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_of_how_many_classes_a_mean_is(home, tmp_path, capsys):
+    write_folder(tmp_path / "set", 4, 2)
+    for file in (tmp_path / "set/masks/val").iterdir():
+        labels = np.array(Image.open(file))
+        Image.fromarray(np.where(labels > 1, 255, labels)).save(file)
+    evaluate(home, tmp_path / "out", "--tasks", "linear", *LINEAR, data=tmp_path / "set")
+    assert read_result(tmp_path / "out").metrics["val_classes"] == 2
+    assert "(2 of 4 classes occur)" in capsys.readouterr().out
+
+
+def test_classes_without_a_training_pixel_and_more_neighbors_than_patches_are_told(home, tmp_path):
+    write_folder(tmp_path / "set", 4, 2)
+    for file in (tmp_path / "set/masks/train").iterdir():
+        labels = np.array(Image.open(file))
+        Image.fromarray(np.where(labels > 1, 255, labels)).save(file)
+    told = (
+        r"{}: 2 classes of the validation part have no training pixel, so their IoU is 0; the first: class 2"
+    )
+    for task, own in (("linear", LINEAR), ("in_context", IN_CONTEXT)):
+        with pytest.warns(UserWarning, match=told.format(task)):
+            evaluate(home, tmp_path / task, "--tasks", task, *own, data=tmp_path / "set")
+    with pytest.warns(UserWarning, match="in_context: k=40 is more than the 12 patches of the training part"):
+        evaluate(home, tmp_path / "k", "--tasks", "in_context", *IN_CONTEXT[:-1], "in_context.k=40")

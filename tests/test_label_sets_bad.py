@@ -1,13 +1,15 @@
 """What is wrong with a labeled set is said in one line that names the file and the value."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from label_set_fixture import gray_png, save_map, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
+from test_hostile import png
 
-from pretrain.data.datasets import open_label_set
+from pretrain.data.datasets import open_label_set, open_label_sets
 from pretrain.errors import UserError
 
 
@@ -51,7 +53,7 @@ def put(file, content):
             write_folder,
             lambda r: put(r / "classes.txt", b"cat\ncat\n"),
             "val",
-            r"classes\.txt names 1 different classes in 2",
+            r"classes\.txt: the lines 1 and 2 name one class; give each its own",
         ),
         (
             write_folder,
@@ -67,7 +69,7 @@ def put(file, content):
         ),
         (
             lambda r: write_folder(r, flat=True),
-            lambda r: put(r / "val.txt", b"7000\n"),
+            lambda r: put(r / "val.txt", b"1000\n7000\n"),
             "val",
             r"of .*val\.txt have no .*: 7000$",
         ),
@@ -75,7 +77,7 @@ def put(file, content):
             lambda r: write_folder(r, flat=True),
             lambda r: put(r / "val.txt", b"3\n4\n3\n"),
             "val",
-            r"val\.txt names 3 twice",
+            r"val\.txt names one image twice, in the lines 1 and 3",
         ),
         (
             lambda r: write_folder(r, flat=True),
@@ -247,3 +249,21 @@ def test_a_broken_file_is_named(tmp_path, which, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         found.read(0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("depth", "color"), [(8, 3), (16, 0), (1, 0), (8, 0)], ids=["palette", "16", "1", "8"]
+)
+def test_a_mask_that_declares_900_million_pixels_is_refused_before_it_is_decoded(tmp_path, depth, color):
+    """The file is small; its decoded pixels take up to 1.8 GB."""
+    write_folder(tmp_path, 2, 2)
+    data = png(30_000, 30_000, depth=depth, color=color, data=b"\0" * 10_000)
+    (tmp_path / "masks/train/1.png").write_bytes(data)
+    told = r"train/1\.png cannot be read .declares 30000 x 30000 pixels, more than 200 million"
+    tracemalloc.start()
+    with pytest.raises(UserError, match=told):
+        open_label_sets(tmp_path, "folder", 0)
+    with pytest.raises(UserError, match=told):
+        open_label_set(tmp_path, "train").check()
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()

@@ -180,6 +180,18 @@ def test_what_stands_for_a_hidden_position():
     assert hide_with(without, "auto", False, (2, 3)) == "none" and not without.pos_mask_token.any()
 
 
+def test_one_draw_has_no_deviation(tmp_path, weights, capsys):
+    with frozen(backbone := vit()):
+        scores = position_layers(features_of(backbone), images_of(8), draws=1)
+    assert not any(name.endswith("_std") for name in metrics(scores))
+    rows = list(csv_rows("a", "mean", scores))
+    assert {row["error_std"] for row in rows} == {row["r2_std"] for row in rows} == {""}
+    layers_figure(rows)
+    words = ["--images", tmp_path / "photos", "--output", tmp_path / "out", "--size", "64", "--device", "cpu"]
+    load_tool("evaluate position").main(list(map(str, ["--weights", weights[0], *words, "--draws", "1"])))
+    assert "+-" not in capsys.readouterr().out
+
+
 def test_mean_and_deviation_over_the_draws():
     backbone = vit()
     with frozen(backbone):

@@ -18,10 +18,11 @@ from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
 from tool_fixture import load_tool
 
 from det_plugin.coco.annotations import read_split
-from det_plugin.coco.masks import coco_api
+from det_plugin.coco.masks import coco_api, encode_mask
 from det_plugin.figures import Shown, color_of, draw_objects
 from det_plugin.predict import load_detector
 from det_plugin.run import DetectionRun
+from det_plugin.tiles import detect_in_tiles, merged, tiles
 from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
@@ -149,6 +150,14 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
         image = coco.imgs[annotation["image_id"]]
         assert annotation["segmentation"]["size"] == [image["height"], image["width"]]
         assert annotation["area"] == coco.annToMask(annotation).sum() and annotation["iscrowd"] == 0
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["file_name"], line["width"], line["height"]) for line in lines] == [
+        (image["file_name"], image["width"], image["height"]) for image in coco.dataset["images"]
+    ]
+    objects = [found for line in lines for found in line["objects"]]
+    assert [(o["label"], o["bbox"], o["score"]) for o in objects] == [
+        (CATEGORIES[a["category_id"]], a["bbox"], a["score"]) for a in coco.dataset["annotations"]
+    ]
     pictures = sorted(
         path.relative_to(output / "pictures").as_posix() for path in (output / "pictures").rglob("*.*")
     )
@@ -175,7 +184,7 @@ def test_predictions_of_files(trained, images, tmp_path):
         names == [(images / "a.png").as_posix(), (images / "sub" / "a.jpg").as_posix()]
         and content["annotations"] == []
     )
-    assert sorted(path.name for path in output.iterdir()) == ["predictions.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["predictions.json", "predictions.jsonl"]
 
 
 def test_nothing_to_read_is_an_error(trained, images, tmp_path):
@@ -273,3 +282,108 @@ def test_a_file_an_image_and_an_array_give_the_same(trained, images):
     assert none.boxes.shape == (0, 4) and none.masks.shape == (0, 60, 90) and none.labels == []
     with pytest.raises(UserError, match="cut.jpg cannot be read"):
         found.predict(images / "cut.jpg")
+
+
+@pytest.mark.parametrize(
+    "width, height, side, overlap, expected",
+    [
+        (100, 80, 128, 0.2, [(0, 0, 100, 80)]),
+        (100, 40, 60, 0.5, [(0, 0, 60, 40), (30, 0, 90, 40), (40, 0, 100, 40)]),
+        (50, 50, 25, 0.0, [(0, 0, 25, 25), (25, 0, 50, 25), (0, 25, 25, 50), (25, 25, 50, 50)]),
+    ],
+)
+def test_tiles_cover_an_image(width, height, side, overlap, expected):
+    assert tiles(width, height, side, overlap) == expected
+    covered = np.zeros((height, width), bool)
+    for x0, y0, x1, y1 in tiles(width, height, side, overlap):
+        covered[y0:y1, x0:x1] = True
+    assert covered.all()
+
+
+def squares(images):
+    """A detector of white squares, blind to those below a 25th of the image that it is given; whole ones score best."""
+    found = []
+    for image in images:
+        labels, n = cv2.connectedComponents((image[..., 0] > 128).astype(np.uint8))[1], 0
+        results = []
+        for k in range(1, labels.max() + 1):
+            mask = labels == k
+            ys, xs = np.where(mask)
+            box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
+            if max(box[2:]) >= 4 / 100 * max(image.shape[:2]):
+                score = min(box[2:]) / max(box[2:]) - 0.001 * n
+                results.append(
+                    {"category_id": 1, "bbox": box, "score": score, "segmentation": encode_mask(mask)}
+                )
+                n += 1
+        found.append(results)
+    return found
+
+
+def test_small_objects_are_found_in_tiles_and_large_ones_whole():
+    """A small square is found in tiles alone, each once; one that crosses tiles is found whole, not in pieces."""
+    image = np.zeros((400, 600, 3), np.uint8)
+    boxes = [(10, 10, 12, 12), (355, 30, 14, 14), (560, 370, 10, 10), (100, 100, 220, 220)]
+    for x, y, w, h in boxes:
+        image[y : y + h, x : x + w] = 255
+    assert [p["bbox"] for p in squares([image])[0]] == [list(boxes[3])]
+    found = detect_in_tiles(squares, image, 150, 0.2, nms=0.5)
+    assert sorted(p["bbox"] for p in found) == sorted(map(list, boxes))
+    assert [p["score"] for p in found] == sorted((p["score"] for p in found), reverse=True)
+    union = np.zeros((400, 600), bool)
+    for p in found:
+        x, y, w, h = p["bbox"]
+        mask = coco_api().mask.decode(p["segmentation"]).astype(bool)
+        assert mask.sum() == w * h and mask[y : y + h, x : x + w].all()
+        union |= mask
+    assert (union == (image[..., 0] > 0)).all()
+    assert detect_in_tiles(squares, image, 1000, 0.2, 0.5) == squares([image])[0]
+
+
+def test_merging_keeps_classes_apart_and_whole_boxes_before_cut_ones():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [0, 0, 4, 10], [20, 0, 24, 10]], float)
+    scores, kinds = np.array([0.8, 0.9, 0.5, 0.99, 0.7]), np.array([1, 1, 2, 1, 1])
+    cut = np.array([False, False, False, True, True])
+    assert merged(boxes, scores, kinds, cut, 0.5) == [1, 2, 4]  # 3 lies in 1, though its score is higher
+    assert merged(boxes[:0], scores[:0], kinds[:0], cut[:0], 0.5) == []
+
+
+def test_tiles_of_the_command_are_the_functions(trained, images, tmp_path):
+    output = tmp_path / "out"
+    predict(trained, "--images", images / "a.png", "--output", output, "--tile", 40, "--min-score", 0.01)
+    detector = load_detector(trained[0], "cpu")
+    found = detector.predict(images / "a.png", 0.01, tile_px=40)
+    lines = json.loads((output / "predictions.jsonl").read_text())
+    assert [o["score"] for o in lines["objects"]] == list(found.scores) and len(found.results) > 10
+    assert found.masks.shape[1:] == (60, 90)
+    for words, message in [(["--tile", -1], "--tile: -1"), (["--overlap", 1], "--overlap: 1.0 is not")]:
+        with pytest.raises(UserError, match=message):
+            predict(trained, "--images", images, "--output", output, *words)
+
+
+def write_video(path, n=7):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    for k in range(n):
+        frame = np.full((64, 96, 3), 40, np.uint8)
+        cv2.circle(frame, (10 + 10 * k, 30), 9, (0, 0, 250), -1)
+        writer.write(frame)
+    writer.release()
+
+
+def test_frames_of_a_video_are_images(trained, images, tmp_path, capsys):
+    write_video(images / "clip.mp4")
+    (images / "broken.avi").write_bytes(b"no video")
+    output = tmp_path / "out"
+    predict(trained, "--images", images, "--output", output, "--every", 3, "--min-score", 0.01)
+    said = capsys.readouterr()
+    assert "objects in 8 images, 3 skipped" in said.out
+    assert "broken.avi cannot be read as a video; other containers: ffmpeg" in said.err
+    content = json.loads((output / "predictions.json").read_text())
+    sizes = {i["file_name"]: (i["width"], i["height"]) for i in content["images"] if "clip" in i["file_name"]}
+    assert sizes == dict.fromkeys(["clip.mp4#0", "clip.mp4#3", "clip.mp4#6"], (96, 64))
+    drawn = cv2.VideoCapture(str(output / "pictures" / "clip.mp4"))
+    assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (
+        3,
+        pytest.approx(10 / 3, 0.01),
+    )
+    assert drawn.read()[1].std() > 10

@@ -240,7 +240,21 @@ MAE_800 = {  # He et al. 2022, Table 8, and its public code
     "optim.betas": [0.9, 0.95],
     "optim.clip_grad": 0.0,
 }
+OWN_IMAGES = {
+    "heads.n_prototypes": 8192,
+    "losses.center_momentum": 0.986916,
+    "optim.batch_size": 64,
+    "optim.base_lr": 2e-4,
+    "optim.teacher_momentum": 0.99975,
+    "step.accumulate": 0,
+}
+SCRATCH = {"optim.teacher_momentum": 0.998996}
 RECIPES = {
+    "own-images": ("intertwined", OWN_IMAGES),
+    "own-images-scratch": (
+        "intertwined",
+        {key: value for key, value in (OWN_IMAGES | SCRATCH).items() if key != "optim.base_lr"},
+    ),
     "intertwined-100ep": ("intertwined", {}),
     "dinov2-100ep": ("intertwined", DINOV2_BASELINE),
     "paka-25ep": ("paka", PAKA_25),

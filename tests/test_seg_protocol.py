@@ -15,6 +15,7 @@ pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 import mmseg
 from ade_fixture import write_ade
+from label_set_fixture import write_folder
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, PolyLR
 from mmengine.runner import Runner
@@ -243,6 +244,14 @@ def test_loops_and_hooks(runner):
         "validation_images": [2_000, 3],
         "sweep": ["the best of 8 settings x 2 seeds", "one setting, one seed"],
     }
+
+
+def test_validation_images_that_are_training_images_are_a_deviation(tmp_path):
+    root = write_folder(tmp_path / "flat", 4, 2, flat=True)
+    (root / "val.txt").write_text("1000\n2\n")
+    recipe = with_overrides(protocol("own-160k"), {"num_classes": 4})
+    cfg = Config(segmenter_config(recipe, "vit_tiny_patch16", data_root=root))
+    assert config_deviations(cfg, {}, processes=1)["shared_images"] == [0, 1]
 
 
 # --- the data

@@ -1,7 +1,10 @@
 """Whole segmentation runs by our tool: what they leave, what they refuse, and how they stop."""
 
 import json
+import shutil
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,9 @@ from mmseg.registry import DATASETS
 from seg_fixture import FLAGS, TINY, tiny, tiny_run, write_weights
 
 from pretrain.build import build_backbone
+from pretrain.data.datasets import open_label_sets
 from pretrain.errors import Interrupted, UserError
+from pretrain.files import read_mapping
 from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
 from seg_plugin import compat
@@ -248,6 +253,42 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(ade, tmp_path, monkeypatc
     train(run, resume=True)
     assert (run.output / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert read_result(run.output).metrics == read_result(tmp_path / "whole").metrics
+
+
+def test_other_data_are_told_and_gone_on_over_when_asked(ade, tmp_path, capsys):
+    """A changed mask, then another name; a run of an earlier version, which has no data.json; a finished one."""
+    own = Path(shutil.copytree(ade, tmp_path / "own"))
+    whole = tiny_run(own, tmp_path / "whole", protocol=tiny(max_iters=4, val_every=2))
+    train(whole)
+    run = replace(whole, output=tmp_path / "run")
+    shutil.copytree(whole.output, run.output)
+    for file in ("result.json", "iter_4.pth"):
+        (run.output / file).unlink()
+    (run.output / "last_checkpoint").write_text(str(run.output / "iter_2.pth"))
+    before = replace(run, output=Path(shutil.copytree(run.output, tmp_path / "before")))
+    (before.output / "last_checkpoint").write_text(str(before.output / "iter_2.pth"))
+    (before.output / "data.json").unlink()
+    mask = sorted((own / "annotations" / "training").iterdir())[0]
+    Image.open(mask).save(mask, compress_level=0)
+    with pytest.raises(UserError, match=r"^output: .*\(training: other sizes of files\); .*--data-changed"):
+        train(run, resume=True)
+    with pytest.raises(UserError, match="training: other sizes"):
+        train(whole)
+    train(before, resume=True)
+    assert "at most the number of images is compared" in capsys.readouterr().err
+    for folder, suffix in (("images", ".jpg"), ("annotations", ".png")):
+        file = own / folder / "training" / f"{mask.stem}{suffix}"
+        file.rename(file.with_stem("renamed"))
+    with pytest.raises(UserError, match="training: other names"):
+        train(run, resume=True)
+    train(run, resume=True, data_changed=True)
+    assert "other data (training: other names)" in capsys.readouterr().err
+    found = read_result(run.output)
+    assert found.protocol.deviations["data"] == ["the same to the end", "training: other names"]
+    assert "data" not in read_result(whole.output).protocol.deviations
+    # as a comparison sees them
+    parts = zip(("training", "validation"), open_label_sets(own, "ade20k"))
+    assert read_mapping(run.output / "data.json", "")["digest"] == {part: of.digest() for part, of in parts}
 
 
 def test_a_signal_during_validation(ade, tmp_path, monkeypatch):

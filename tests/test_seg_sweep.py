@@ -124,7 +124,7 @@ def test_concluding_twice_gives_the_same_bytes(run):
 def test_status(run):
     leave(points(run)[2], 33.333)
     lines = status(run).splitlines()
-    assert len(lines) == 16 and lines[2].endswith("seed_0  33.33") and lines[3].endswith("  -")
+    assert len(lines) == 16 and lines[2].endswith("seed_0  done  33.33") and lines[3].endswith("  -")
 
 
 # --- the tables

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from coco_fixture import annotation_file, write_coco
+from coco_fixture import annotation_file, edit, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.coco.annotations import read_split
@@ -229,6 +229,50 @@ def test_resumed_equals_uninterrupted(make, stop):
     assert_same_run(whole, parts)
 
 
+def test_other_data_are_told_and_gone_on_over_when_asked(make, data, tmp_path, capsys):
+    own = Path(shutil.copytree(data, tmp_path / "own"))
+    train(make("run", data=own), stop_after_it=1)
+    run = make("run", data=own.rename(tmp_path / "moved"))
+    train(run, resume=True, stop_after_it=2)
+    assert "other data" not in capsys.readouterr().err
+    picture, ways = str(next((run.data / "val2017").iterdir())), "set the data back.*--data-changed"
+    cv2.imwrite(picture, cv2.imread(picture), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    with pytest.raises(UserError, match=rf"^output: .*\(val: other sizes of files\); {ways}"):
+        train(run, resume=True)
+    edit(annotation_file(run.data, "train"), lambda content: content["annotations"].pop(0))
+    edit(annotation_file(run.data, "train"), lambda content: content["annotations"].pop(0))
+    told = "train: 5 images before, 4 now; val: other sizes of files"
+    with pytest.raises(UserError, match=told):
+        train(run, resume=True)
+    train(run, resume=True, stop_after_it=3, data_changed=True)
+    assert f"over other data ({told})" in capsys.readouterr().err
+    # these are the run's now
+    train(run, resume=True)
+    assert "other data" not in capsys.readouterr().err
+    assert read_result(run.output).protocol.deviations["data"] == ["the same to the end", told]
+    shutil.copytree(data / "val2017", run.data / "val2017", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="val: other sizes of files"):
+        train(run)
+    train(run, data_changed=True)
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_compared_by_the_number_of_images(make, data, tmp_path, capsys):
+    own = Path(shutil.copytree(data, tmp_path / "own"))
+    run = make("run", data=own)
+    train(run, stop_after_it=2)
+    (run.output / "data.json").unlink()
+    edit(annotation_file(own, "train"), lambda content: content["annotations"].pop(5))
+    train(run, resume=True, stop_after_it=3)
+    assert "at most the number of images is compared" in capsys.readouterr().err
+    (run.output / "data.json").unlink()
+    edit(annotation_file(own, "train"), lambda content: content["annotations"].clear())
+    shutil.copy(annotation_file(data, "val"), annotation_file(own, "train"))
+    shutil.copytree(data / "val2017", own / "train2017", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="train: 5 images before, 3 now"):
+        train(run, resume=True)
+
+
 def test_a_run_goes_on_in_other_parts(make):
     """With fewer GPUs a batch has more of them; everything else must be as it was."""
     run = make("run", **SHORT)
@@ -323,7 +367,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys)
             "pretrain.checkpoints.tensors.save_file",
             lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")),
         )
-        with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
+        with pytest.raises(OSError, match="it_00000004 cannot be written: No space left"):
             train(run, resume=True)
     assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
     train(run, resume=True, stop_after_it=3)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -166,3 +167,31 @@ def test_a_runs_checkpoint_is_tensors_and_plain_values(run, tmp_path, capsys):
         with pytest.raises(UserError, match=r"iter_9\.pth is none of a segmentation run"):
             load_segmenter(tmp_path / "run", "cpu", trust)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_predict_leaves_label_maps_and_lines_of_images_and_frames(run, tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "found"
+    photos.mkdir()
+    image = run.data / "images" / "validation" / "0000.jpg"
+    (photos / "a.jpg").write_bytes(image.read_bytes())
+    writer = cv2.VideoWriter(str(photos / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for level in (0, 100, 200):
+        writer.write(np.full((48, 64, 3), level, np.uint8))
+    writer.release()
+    words = ["--run", run.output, "--images", photos, "--output", output, "--every", 2, "--device", "cpu"]
+    load_tool("predict").main(list(map(str, words)))
+    assert "label maps of 3 images: " in capsys.readouterr().out
+    labels = load_segmenter(run.output, "cpu").predict(image).labels
+    assert np.array_equal(np.array(Image.open(output / "labels" / "a.png")), labels + 1)
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == ["a.jpg", "clip.avi#0", "clip.avi#2"]
+    assert [line["label_map"] for line in lines] == [
+        "labels/a.png",
+        "labels/clip/000000.png",
+        "labels/clip/000002.png",
+    ]
+    assert [sum(line["pixels"].values()) for line in lines] == [labels.size, 64 * 48, 64 * 48]
+    assert all((output / line["label_map"]).is_file() for line in lines)
+    assert (output / "pictures" / "clip.avi.mp4").is_file()
+    with pytest.raises(UserError, match="--tile: a segmenter looks at whole images"):
+        load_tool("predict").main([*map(str, words), "--tile", "64"])

@@ -309,3 +309,13 @@ def test_file_hash_knows_no_order_of_metadata(tmp_path):
 
 if __name__ == "__main__":
     read_all(sys.argv[1])
+
+
+def test_a_file_that_says_an_unknown_backbone_is_named(tmp_path):
+    vit = build_backbone(NAME, depth=1)
+    told = dict(name="vit\nof nobody", model_kwargs=vit.model_kwargs, provenance={})
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), **told)
+    with pytest.raises(
+        UserError, match=r"b\.safetensors says that it is a 'vit\\nof nobody', which is not reg"
+    ):
+        build_backbone(None, weights=path)

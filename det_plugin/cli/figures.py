@@ -9,9 +9,11 @@ images), the run's last checkpoint makes them.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
+from det_plugin.coco.share import share_of
 from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
 from pretrain.errors import TRUST_HELP, UserError
@@ -61,7 +63,7 @@ def predictions_of(
         if are_of(found, split):
             print(f"predictions: {left}")
             return found
-    detector = load_detector(folder, device, trust)
+    detector = load_detector(folder, device, trust, checkpoint="last")
     if tuple(detector.classes) != split.category_ids:
         raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
     print(f"predictions: made now by {folder}")
@@ -82,7 +84,8 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
-    split = read_split(options.data, options.split, num_classes=None, training=False)
+    how = dict[str, Any](num_classes=None, training=False, val_share=share_of(options.run))
+    split = read_split(options.data, options.split, **how)
     pictures = choose(split, max(options.count, 1), options.images)
     evaluated = options.split == "val"
     predictions = predictions_of(options.run, split, pictures, options.device, evaluated, options.trust)

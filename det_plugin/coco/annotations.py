@@ -31,11 +31,13 @@ its end). Training takes others in place of unreadable images and names them, up
 (:mod:`pretrain.data.broken`).
 """
 
+import functools
 import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,28 +45,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from det_plugin.coco.layout import locate
+from det_plugin.coco.content import HEADER_READERS, UNREADABLE, misread, swaps_sides
+from det_plugin.coco.layout import CocoFiles, in_words, locate, read_json
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
+from det_plugin.coco.share import leave_split
 from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.digest import hash_of
+from pretrain.data.images import n_shared
 from pretrain.data.sources.files import read_file
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import gather_objects, rank, world_size
 from pretrain.errors import UserError
-from pretrain.files import read_mapping
 from pretrain.log import log
 from pretrain.settings import shown
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 SHARE_SEED = 0
 # What a polygon may have: pycocotools walks along every edge, and shapely computes every crossing (a second)
 LONGEST_PX, MOST_CROSSINGS, FEW_POINTS = 1e7, 100_000, 500
 LARGEST_ID = 2**53  # COCOeval keeps ids as floats
 LARGEST_PX = 1e10  # COCOeval leaves out objects of a larger area
 MOST_CROWDS = 0.1  # of a category's annotations; a larger share is told (ours: in COCO, crowds are rare)
-ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
-HEADER_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class CocoSplit:
     pictures: Sequence[Picture]
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
+    source: CocoFiles
     notes: tuple[str, ...] = ()  # lines about what is left out or taken in another way
 
     def tell(self) -> None:
@@ -130,42 +133,58 @@ class CocoSplit:
             raise UnreadableImage(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             found, said = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{picture.width} x {picture.height}"
-            raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}")
+            is_swapped = pixels.shape[:2] == (picture.width, picture.height)
+            hint = " (its EXIF orientation may swap the sides: label it as it is shown)" if is_swapped else ""
+            raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}{hint}")
         return pixels
 
-    def check_headers(self, allowed: float = 0.0) -> None:
+    def check_headers(self, allowed: float = 0.0) -> dict[str, Any]:
         """:meth:`load`, for its errors, of this rank's share of the images; reads headers, and decodes what may
-        be cut off. Unreadable images are named; up to the share ``allowed`` they are no error."""
+        be cut off. Unreadable images are named; up to the share ``allowed`` they are no error.
+
+        Returns:
+            the digest (:mod:`pretrain.data.digest`) of the annotations, and of all ranks' images.
+        """
         pool, own = ThreadPoolExecutor(HEADER_READERS), range(rank(), len(self.pictures), world_size())
+        annotations = pool.submit(self.source.hash)
         try:
-            broken = [told for told in pool.map(self._check_header, own) if told]
+            found = list(pool.map(self._check_header, own))
         finally:
             pool.shutdown(cancel_futures=True)
-        check_share(broken, len(own), allowed)
+        check_share([told for told, _ in found if told], len(own), allowed)
+        sizes = np.empty(len(self.pictures), "<i8")
+        for of_rank, part in enumerate(gather_objects([n_bytes for _, n_bytes in found])):
+            sizes[of_rank :: world_size()] = part
+        return {
+            "images": len(self.pictures),
+            "annotations": annotations.result(),
+            "sizes": hash_of(sizes),
+        }
 
-    def _check_header(self, index: int) -> str:
-        """What is wrong with the file, if a training may skip it; raises UserError for what it may not."""
-        picture = self.pictures[index]
+    def _check_header(self, index: int) -> tuple[str, int]:
+        """What is wrong with the file, if a training may skip it, and its size in bytes, -1 if it is missing;
+        raises UserError for what a training may not skip."""
+        picture, n_bytes, is_whole = self.pictures[index], -1, False
+        with suppress(*UNREADABLE), open(self.folder / picture.file_name, "rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            with Image.open(file) as image:
+                size = image.size[::-1] if swaps_sides(image) else image.size
+            is_whole = size == (picture.width, picture.height) and not may_be_cut_off(file)
         try:
-            with Image.open(self.folder / picture.file_name) as image:
-                is_rotated = "exif" in image.info and image.getexif().get(ORIENTATION) in ROTATED
-                fits = (image.size[::-1] if is_rotated else image.size) == (picture.width, picture.height)
-        except UNREADABLE:
-            fits = False
-        try:
-            if not fits or may_be_cut_off(self.folder / picture.file_name):
+            if not is_whole:
                 self.load(picture)
         except UnreadableImage as error:
-            return str(error)
-        return ""
+            return str(error), n_bytes
+        return "", n_bytes
 
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits. They have the same classes."""
+    """Both splits, which have the same classes; and the digest of each by its name."""
 
     train: CocoSplit
     val: CocoSplit
+    digest: Mapping[str, Any]
 
     @staticmethod
     def read(data: Path, protocol: DetectionProtocol) -> "Data":
@@ -179,11 +198,30 @@ class Data:
         val = read_split(data, "val", training=False, **how)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise UserError(f"data: {train.file} and {val.file} have different categories")
+        named = (("train", train), ("val", val))
+        log(f"data: {in_words((name, each.source, len(each.pictures)) for name, each in named)}")
         train.tell()
         val.tell()
-        train.check_headers(SHARE)
-        val.check_headers()  # all are needed: figures of other images could not be compared
-        return Data(train, val)
+        # of the validation all are needed: figures of other images could not be compared
+        read = Data(train, val, {"train": train.check_headers(SHARE), "val": val.check_headers()})
+        if read.n_shared:
+            told = f"{read.n_shared} of the {len(val.pictures)} validation images are training images, too"
+            log(f"data: {told}: the numbers say less than they seem to")
+        return read
+
+    @functools.cached_property
+    def n_shared(self) -> int:
+        """Validation images that are training images, too."""
+        names = [
+            {p.file_name: str(part.folder / p.file_name) for p in part.pictures}
+            for part in (self.train, self.val)
+        ]
+        return n_shared(*names)
+
+    def leave_split(self, output: Path) -> None:
+        """Write down how the images were divided, if they were."""
+        if self.train.source.side:
+            leave_split(output, self.train.source.val_share, self.train.source.read(), self.val.source.read())
 
 
 def read_split(
@@ -196,6 +234,7 @@ def read_split(
     crowds: str = "ignored",
     masks: str = "auto",
     keep_empty: bool = False,
+    val_share: float = 0.0,
 ) -> CocoSplit:
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
@@ -205,13 +244,13 @@ def read_split(
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
         share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
-        crowds, masks, keep_empty: fields of the protocol.
+        crowds, masks, keep_empty, val_share: fields of the protocol.
 
     Raises:
         UserError: names the file, the entry and the problem.
     """
-    files = locate(data, split)
-    file, content = files.annotations, read_json(files.annotations)
+    files = locate(data, split, val_share)
+    file, content = files.annotations, files.read()
     try:
         names = _categories(content)
         notes = _notes(content, names, crowds)
@@ -234,24 +273,25 @@ def read_split(
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
-    return CocoSplit(file, files.images, PackedList(pictures), tuple(names), tuple(names.values()), notes)
+    names_of = tuple(names), tuple(names.values())
+    return CocoSplit(file, files.images, PackedList(pictures), *names_of, files, notes)
 
 
-def read_classes(data: str | Path, split: str) -> dict[int, str]:
+def read_classes(data: str | Path, split: str, val_share: float = 0.0) -> dict[int, str]:
     """Category id -> name, in the order of the classes.
 
     Raises:
         UserError: as :func:`read_split`.
     """
-    file = locate(data, split).annotations
-    content = read_json(file)
+    files = locate(data, split, val_share)
+    content = files.read()
     try:
         return _categories(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"data: {file}: its categories are damaged: {error}") from error
+        raise UserError(f"data: {files.annotations}: its categories are damaged: {error}") from error
 
 
-def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
+def lacks_masks(data: str | Path, crowds: str = "ignored", val_share: float = 0.0) -> bool:
     """Whether there are objects, but none with a mask, in both splits. Damaged entries count as objects.
 
     Raises:
@@ -259,7 +299,7 @@ def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
     """
     found = False
     for split in ("val", "train"):  # the small one first: COCO's answers in a moment
-        for annotation in read_json(locate(data, split).annotations)["annotations"]:
+        for annotation in locate(data, split, val_share).read()["annotations"]:
             try:
                 if crowds == "ignored" and is_crowd(annotation):
                     continue
@@ -271,15 +311,15 @@ def lacks_masks(data: str | Path, crowds: str = "ignored") -> bool:
     return found
 
 
-def read_truth(file: Path, crowds: str = "ignored", masks: str = "auto") -> dict[str, Any]:
-    """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
+def read_truth(source: Path | CocoFiles, crowds: str = "ignored", masks: str = "auto") -> dict[str, Any]:
+    """A split's or a COCO file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
     are filled in or mended, names are unique, and an object without a polygon of three points has an empty
     mask. Objects that only have a box are marked by ``box_alone``. ``crowds`` and ``masks`` as in
     :func:`read_split`, whose checks the file must have passed.
     """
-    content = read_json(file)
+    content = source.read() if isinstance(source, CocoFiles) else read_json(source)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     first = 1 - min((annotation["id"] for annotation in content["annotations"]), default=1)
     content["categories"] = [{"id": id, "name": name} for id, name in _categories(content).items()]
@@ -303,19 +343,6 @@ def read_truth(file: Path, crowds: str = "ignored", masks: str = "auto") -> dict
             whole["area"] = max(float(own), 0.0)
         truth.append(whole)
     return {**content, "annotations": truth}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a COCO file: images, annotations, categories.
-
-    Raises:
-        UserError: no such file, no JSON, or a list is missing.
-    """
-    content = read_mapping(file, "data")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise UserError(f"data: {file} is no COCO instances file: it has no list {key!r}")
-    return content
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, str]:
@@ -356,6 +383,7 @@ def _pictures(
     """
     _check_ids("image", content["images"])
     objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...], bool]]] = {}
+    boxes, around = list[tuple[float, ...]](), list[tuple[int, int]]()
     sizes, annotated, n_objects, boxes_alone = {}, set[int](), 0, list[int]()
     for image in content["images"]:
         width, height = image["width"], image["height"]
@@ -373,6 +401,8 @@ def _pictures(
             raise ValueError(f"annotation {annotation['id']} has the unknown {name}")
         annotated.add(image_id)
         x, y, width, height = _box(annotation)
+        boxes.append((x, y, width, height))
+        around.append(sizes[image_id])
         segmentation = [] if masks == "off" else _segmentation(annotation, *sizes[image_id])
         if annotation["iscrowd"]:
             continue
@@ -383,6 +413,8 @@ def _pictures(
             segmentation = [box_polygon(box)] if training else []
         if not training or (min(width, height) > 0 and (segmentation or masks == "off")):
             objects[image_id].append((class_of[category], segmentation, box, not is_alone))
+    if wrong := misread(np.array(boxes, float).reshape(-1, 4), np.array(around, float).reshape(-1, 2)):
+        raise ValueError(wrong)
     notes = _of_boxes_alone(boxes_alone, n_objects, training, masks)
     notes += _of_empty(objects, annotated, training, keep_empty)
     pictures = [
@@ -463,26 +495,27 @@ def _notes(content: Mapping[str, Any], names: Mapping[int, str], crowds: str) ->
     """Lines about areas and crowds; :func:`_mend_crowd` of all annotations."""
     _check_ids("annotation", content["annotations"])
     all_own, found, notes, mended = Counter[Any](), Counter[Any](), [], []
-    ordinary = set[Any]()  # categories with an RLE that is no crowd
+    as_rle, ordinary = set[Any](), set[Any]()  # categories with an RLE that is a crowd, that is none
     for annotation in content["annotations"]:
         category = annotation["category_id"]
         all_own[category] += 1
-        if _mend_crowd(annotation, crowds):
+        if is_marked := _mend_crowd(annotation, crowds):
             found[category] += 1
-        elif isinstance(annotation.get("segmentation"), dict):
-            ordinary.add(category)
+        if isinstance(annotation.get("segmentation"), dict):
+            (as_rle if is_marked else ordinary).add(category)
         if "area" in annotation and not _is_area(annotation["area"]):
             mended.append(f"the first: {shown(annotation['area'])} of annotation {annotation['id']}")
     if mended:
         notes.append(
             f"{len(mended)} areas are no number of pixels ({mended[0]}); the mask's or box's are used"
         )
-    n, of = found.total(), f"of {all_own.total()} annotations are crowds (iscrowd 1)"
+    what = content.get("crowds", "crowds (iscrowd 1)")
+    n, of = found.total(), f"of {all_own.total()} annotations are {what}"
     if n and crowds == "objects":
         notes.append(f"{n} {of}, taken as objects")
     elif n:
         notes.append(f"{n} {of}: left out of training, and ignored regions in evaluation")
-        many = [k for k in all_own if found[k] > MOST_CROWDS * all_own[k] and k not in ordinary]
+        many = [k for k in all_own if found[k] > MOST_CROWDS * all_own[k] and k in as_rle - ordinary]
         if many:
             told = ", ".join(f"{shown(names.get(k, k))} {found[k]} of {all_own[k]}" for k in many[:5])
             rest = f" and {len(many) - 5} more" if len(many) > 5 else ""

@@ -50,7 +50,7 @@ def coco_dicts(
         num_classes: of the model; the data must have as many categories.
         filter_empty: leave out images and objects that nothing can be learned from.
         share: of the images to use; every run uses the same ones.
-        reading: ``crowds``, ``masks``, ``keep_empty`` of the protocol.
+        reading: fields of :data:`det_plugin.protocol.READING`.
 
     Raises:
         UserError: as :func:`det_plugin.coco.annotations.read_split`.

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from det_plugin.coco.annotations import read_classes, read_json
+from det_plugin.coco.annotations import read_classes
 from det_plugin.coco.layout import locate
 from det_plugin.coco.metrics import KINDS, SUMMARY, Prediction, coco_metrics, in_words
 from det_plugin.detectron2_engine import saved_config as saved
@@ -29,6 +29,7 @@ from det_plugin.run import DetectionRun
 from det_plugin.run import leave_result as left_result
 from pretrain import distributed
 from pretrain.build import network_kwargs
+from pretrain.data import digest
 from pretrain.files import write_text
 from pretrain.log import log
 from pretrain.settings import compared
@@ -70,9 +71,10 @@ class ResultEvaluator(DatasetEvaluator):
         origin: Mapping[str, Any] | None = None,
         classes: Mapping[int, str] | None = None,
     ) -> None:
-        self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
         self.reading = {key: overrides[key] for key in READING if key in overrides}
-        self.category_ids = list(read_classes(coco_root(root), "val"))
+        where = coco_root(root), "val", self.reading.get("val_share", 0.0)
+        self.files, self.folder = locate(*where), Path(output_dir)
+        self.category_ids = list(read_classes(*where))
         self.found: list[Prediction] = []
         self.metrics: dict[str, Any] = {}  # of the last evaluation, by our names
 
@@ -94,7 +96,7 @@ class ResultEvaluator(DatasetEvaluator):
             return {}
         write_text(self.folder / PREDICTIONS, json.dumps(found) + "\n")
         how = {key: value for key, value in self.reading.items() if key in ("crowds", "masks")}
-        metrics = self.metrics = coco_metrics(self.file, found, **how)
+        metrics = self.metrics = coco_metrics(self.files, found, **how)
         cfg = saved.load_config(self.folder, saved.ASKED, trust=True)  # the launcher has just written it
         if has_event_storage():
             LazyConfig.save(saved.resolved(cfg), str(self.folder / saved.RESOLVED))
@@ -103,7 +105,7 @@ class ResultEvaluator(DatasetEvaluator):
             trained_on = train_images(
                 cfg.dataloader.root, cfg.model.roi_heads.num_classes, share, **self.reading
             )
-            images = trained_on, len(read_json(self.file)["images"])
+            images = trained_on, len(self.files.read()["images"])
             leave_result(cfg, metrics, images, self.folder)
         log(in_words(metrics))
         kinds = {kind: task for kind, task in KINDS.items() if f"{kind}_ap_classes" in metrics}
@@ -154,7 +156,7 @@ def leave_result(
     elif cfg.train.init_checkpoint:
         changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
     recipe, origin = saved.protocol_in(trained), saved.origin_in(trained) or origin_of(None)
-    changed |= other_images(*images, recipe.train_share)
+    changed |= {**other_images(*images, recipe.train_share), **digest.run_deviation(folder)}
     return left_result(
         DetectionRun(
             backbone=trained.model.backbone.net.name,

@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
+from det_plugin import best
 from det_plugin.coco.metrics import Prediction
 from det_plugin.detectron2_engine.saved_config import RESOLVED, classes_in, load_config, protocol_in
 from det_plugin.detectron2_engine.trainer import last_whole
@@ -36,9 +37,12 @@ def load_model(run: Path, trust: bool = False) -> tuple[Any, Any]:
     return model, cfg
 
 
-def detector(run: Path, device: torch.device, trust: bool = False) -> tuple[Any, ...]:
+def detector(
+    run: Path, device: torch.device, trust: bool = False, checkpoint: str = "auto"
+) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, cfg = load_model(run, trust)
+    best.load(run, model, checkpoint)
     model.to(device).eval()
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)

@@ -28,10 +28,11 @@ from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS
 from pretrain.errors import TRUST, UserError
+from pretrain.files import read_plain
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
-from pretrain.settings import compared, upgraded
+from pretrain.settings import MAX_YAML_BYTES, compared, upgraded, without_content
 
 ASKED, RESOLVED = "config.yaml", CONFIGS["detectron2"]
 # What config() writes for any backbone. All other keys are arguments of the ViT.
@@ -96,7 +97,7 @@ _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml
 
 def _as_data(path: Path) -> DictConfig:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(read_plain(path, MAX_YAML_BYTES).decode(), _Loader)
         if not isinstance(values, dict):
             raise ValueError("no mapping of keys")
         for key, name, value in _texts(values, ""):
@@ -108,8 +109,7 @@ def _as_data(path: Path) -> DictConfig:
     except UserError:
         raise
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no plain data ({told}); {TRUST}") from error
+        raise UserError(f"{path} is no plain data ({without_content(error)}); {TRUST}") from error
 
 
 def _texts(value: Any, key: str, name: Any = None) -> Iterator[tuple[str, Any, Any]]:
@@ -202,7 +202,8 @@ def resolved(cfg: DictConfig) -> DictConfig:
     """
     origin, given = origin_in(cfg), model_kwargs_in(cfg)
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
-    cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
+    val_share = cfg.dataloader.evaluator.overrides.get("val_share", 0.0)
+    cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val", val_share)
     if origin is not None:
         cfg.dataloader.evaluator.origin = {**origin, "given_kwargs": given}
         cfg.model.backbone.net.update(weights=None, **origin["model_kwargs"])

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, hooks
@@ -18,17 +19,19 @@ from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from omegaconf import DictConfig
 from torch import nn
 
-from det_plugin import loop
+from det_plugin import loop, plan
+from det_plugin.best import Best, is_kept
 from det_plugin.coco.annotations import Data, read_classes, read_split
 from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate, leave_result
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.trainer import AccumulatingTrainer, WholeCheckpointer, last_whole
+from det_plugin.detectron2_engine.trainer import LAST, AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
-from det_plugin.protocol import with_overrides
+from det_plugin.protocol import other_images, with_overrides
 from det_plugin.run import DetectionRun, metrics_to_come
 from pretrain import distributed
+from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
@@ -36,8 +39,10 @@ from pretrain.log import log
 from pretrain.results.schema import FILE_NAME
 from pretrain.run_lock import check_seen
 
+newest_checkpoint = last_whole
 
-def train(run: DetectionRun, resume: bool = False) -> Path:
+
+def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -> Path:
     """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
 
     The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`saved_config`), ``metrics.jsonl``,
@@ -61,17 +66,27 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     data = Data.read(run.data, recipe)  # finds damage before the first iteration
     check_evaluation(data.val, recipe)
     # All ranks look before a file is written; one decides
-    if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
+    is_done = distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]
+    begun = is_done or (run.output / LAST).is_file()
+    said_of_data = digest.check_run(run.output, data.digest, data_changed, {} if begun else None)
+    if is_done:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
+    plan.tell(run, data, torch.device(device), begins=not (run.output / LAST).is_file())
     if distributed.is_main():
-        to_come = metrics_to_come(read_classes(run.data, "val").values())
+        digest.leave(run.output, said_of_data)
+        to_come = metrics_to_come(read_classes(run.data, "val", recipe.val_share).values())
         leave_result(cfg, to_come, (None, 0), run.output, begins=True)
         _start_logs(run.output)
+        data.leave_split(run.output)
         LazyConfig.save(cfg, str(run.output / saved.ASKED))
         LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
-        _fit(cfg, model, run, resume)
+        counts = len(data.train.pictures), len(data.val.pictures)
+        changed = other_images(*counts, recipe.train_share)
+        keeps = distributed.is_main() and is_kept(changed, recipe.max_iters / recipe.eval_every)
+        best = Best(run.output, begins=not (run.output / LAST).is_file()) if keeps else None
+        _fit(cfg, model, run, resume, best)
     return run.output / FILE_NAME
 
 
@@ -86,9 +101,9 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     cfg, last = saved.load_config(output, saved.RESOLVED), last_whole(output)
     if last is None:
         raise UserError(f"{output}: no checkpoint to evaluate")
-    if saved.classes_in(cfg) != read_classes(data, "val"):
-        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     recipe = saved.protocol_in(cfg)
+    if saved.classes_in(cfg) != read_classes(data, "val", recipe.val_share):
+        raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     how = dict[str, Any](num_classes=None, training=False, **recipe.reading)
     split = read_split(data, "val", **how)
     split.tell()
@@ -145,7 +160,7 @@ class _Engine:
         self.saver.step(self.trainer.iter)  # the trainer's state holds both
 
 
-def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> None:
+def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool, best: Best | None) -> None:
     folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -173,4 +188,4 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> 
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
         engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
-        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter)
+        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter, best)

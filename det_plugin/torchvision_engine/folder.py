@@ -55,12 +55,19 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
 
 def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """:func:`holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
+    """:func:`holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts; whether the
+    data are the same, :func:`said_of_data` tells."""
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
+        changed.pop("data.train_images", None)
     has_checkpoint = bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
     return holds_result(folder, changed, has_checkpoint, resume)
+
+
+def said_of_data(folder: Path) -> dict[str, Any]:
+    """The digest of a run's data as far as its ``config.json`` says it: of versions without a ``data.json``."""
+    return {"train": {"images": read_config(folder)["data"]["train_images"]}}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

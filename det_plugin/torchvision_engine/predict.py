@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from det_plugin import best
 from det_plugin.augment import evaluation_geometry
 from det_plugin.coco.annotations import CocoSplit
 from det_plugin.coco.masks import encode_mask
@@ -49,9 +50,12 @@ def load_model(output: Path, trust: bool = False) -> tuple[GeneralizedRCNN, dict
     return model, config, state["iteration"]
 
 
-def detector(run: Path, device: torch.device, trust: bool = False) -> tuple[Any, ...]:
+def detector(
+    run: Path, device: torch.device, trust: bool = False, checkpoint: str = "auto"
+) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, config, _ = load_model(run, trust)
+    best.load(run, model, checkpoint)
     model.to(device).eval()
     protocol, classes = folder.protocol_of(config), folder.classes_of(run, config)
 
@@ -197,4 +201,4 @@ def evaluate(
     if not is_main():
         return {}, predictions
     write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
-    return coco_metrics(split.file, predictions, protocol.crowds, protocol.masks), predictions
+    return coco_metrics(split.source, predictions, protocol.crowds, protocol.masks), predictions

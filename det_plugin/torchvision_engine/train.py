@@ -6,6 +6,8 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from det_plugin import plan
+from det_plugin.best import Best, is_kept
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.metrics import check_evaluation, in_words
 from det_plugin.figures import SHOWN, draw_page, spread
@@ -17,6 +19,7 @@ from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.predict import evaluate, load_model
 from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain import distributed
+from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
@@ -30,7 +33,9 @@ from pretrain.weights import origin_of
 LOG_LINES = 1000  # about as many lines as a long run's metrics.jsonl has
 
 
-def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = None) -> Path:
+def train(
+    run: DetectionRun, resume: bool = False, stop_after_it: int | None = None, data_changed: bool = False
+) -> Path:
     """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``,
     ``predictions.json``, ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished
     run is left as it is.
@@ -52,17 +57,23 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if len(set(gather_objects((is_done, state and state["iteration"])))) > 1:
         told = f"not every process finds the same run in {run.output}"
         raise UserError(f"output: {told}; all machines must see one folder")
+    before = folder.said_of_data(run.output) if is_done or state else None
+    said_of_data = digest.check_run(run.output, data.digest, data_changed, before)
     if is_done:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
         log(f"warning: amp has no effect on {device.type}; the run is in float32")
-    changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
+    plan.tell(run, data, device, begins=state is None)
+    changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)), data.n_shared)
+    changed |= digest.deviation(said_of_data["changes"])
     said = dict[str, Any](origin=origin, hashed={"engine": folder.ENGINE})
     if distributed.is_main():
         to_come = metrics_to_come(data.train.class_names)
         leave_result(run, to_come, changed, wall_time_s=0.0, begins=True, **said)
         write_json(run.output / folder.CONFIG, config)
+        digest.leave(run.output, said_of_data)
+        data.leave_split(run.output)
     terms = None
     if state is not None:
         trainer.restore(state)
@@ -70,9 +81,11 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     engine = _Engine(trainer, data, end_iter)
+    keeps = distributed.is_main() and is_kept(changed, run.protocol.max_iters / run.protocol.eval_every)
+    best = Best(run.output, begins=terms is None) if keeps else None
     # Ends its workers, too; they would keep a stopped process alive
     with deterministic(device.type == "cpu"), closing(engine.batches):
-        metrics = fit(engine, run, device, terms, started, end_iter)
+        metrics = fit(engine, run, device, terms, started, end_iter, best)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         leave_result(run, metrics, changed, wall_time_s=time.monotonic() - started, **said)
     return run.output / FILE_NAME
@@ -116,6 +129,7 @@ class _Engine:
         indices = (list(positions(it, p.batch_size, *spots)) for it in range(trainer.iteration, end_iter))
         samples = TrainSamples(data.train, p, run.seed)
         self.batches = batches(samples, indices, run.workers, trainer.device, Skipped(run.output))
+        self.model = trainer.model
         self.trainer, self.data, self.log_period = trainer, data, max(p.max_iters // LOG_LINES, 1)
 
     @property

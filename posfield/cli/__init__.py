@@ -10,6 +10,7 @@ COMMANDS = {
     "pretrain": ("pretrain.cli.train_ssl", "pre-train a backbone on images"),
     "detect": ("det_plugin.cli.train", "fine-tune a detector: COCO and data in its format"),
     "segment": ("seg_plugin.cli.train", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
+    "data check": ("det_plugin.cli.check", "what is in a detection set of any format, and what is odd"),
     "predict": ("posfield.cli.predict", "detect objects in your images with a run of detect"),
     "embed": ("pretrain.cli.embed", "one vector an image, as .npz"),
     "evaluate dense": ("pretrain.cli.evaluate_dense", "frozen features: segmentation, clustering, k-NN"),
@@ -35,7 +36,7 @@ COMMANDS = {
     "toy-data": ("pretrain.cli.toy_data", "write the photographs and labels of the demo"),
     "demo": ("posfield.cli.demo", "photographs -> pre-training -> detection, segmentation -> report"),
 }
-GROUPS = ("evaluate", "analyze")
+GROUPS = ("data", "evaluate", "analyze")
 
 
 def main(*command: str) -> None:

@@ -10,16 +10,19 @@ SIGTERM is passed on to all that runs. It ends in a table: ablation.md and .csv.
 import argparse
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from pretrain.cli import command, command_parser
 from pretrain.config import RECIPES
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
+from pretrain.files import write_text
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.results import read_result, renamed
 from pretrain.results.ablation import Trial, ablation_table
 from pretrain.results.render import render
+from pretrain.run_lock import tidy
 from pretrain.settings import flat, read_yaml
 from pretrain.signals import interruptible
 
@@ -87,16 +90,23 @@ def main(arguments: list[str]) -> None:
     begun = time.monotonic()
     data = command("toy-data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
     jobs = plan(options)
+    tidy(options.output, *(stage.folder.parent for stages in jobs.values() for stage in stages[:1]))
     with interruptible():
         if subprocess.run(data).returncode:
             raise UserError(f"failed: {shlex.join(data)}")
     seconds = begun + 60 * options.max_minutes - GRACE_S - time.monotonic()
     ended = Runner(options.jobs, seconds).run(jobs)
     done, failed, left = ([n for n, how in ended.items() if how == which] for which in (DONE, FAILED, LEFT))
-    trials = [Trial(*(read_result(stage.folder) for stage in jobs[name])) for name in done]
+    trials = []
+    for name in done:
+        try:
+            trials.append(Trial(*(read_result(stage.folder) for stage in jobs[name])))
+        except UserError as error:
+            print(f"left out: {name}: {one_line(error)}", file=sys.stderr)
+            failed.append(name)
     table = ablation_table(trials, "intertwined", "Ablation at toy scale")
     for style in ("md", "csv"):
-        (options.output / f"ablation.{style}").write_text(render(table, style))
+        write_text(options.output / f"ablation.{style}", render(table, style))
     print(render(table, "md"))
     logs = f"{', '.join(failed)} (logs in {options.output}/JOB/*.log)"
     raise_for(f"{len(failed)} of {len(jobs)} jobs failed: {logs}" * bool(failed), left, f"{len(jobs)} jobs")

@@ -7,6 +7,7 @@ posfield benchmark det       time and memory ratios, also checkpointed: our ViT 
 posfield benchmark det-step  img/s and memory of a detector's training step, ours and Detectron2's
 posfield benchmark paka      time_ratio, memory_ratio: PaKA's step over DINOv2's; hours of a whole run
 posfield benchmark seg       time_ratio, memory_ratio: our ViT over mmseg's
+posfield benchmark start     seconds and memory before the first batch: a folder of files, annotations of COCO's size
 """
 
 import os
@@ -26,6 +27,7 @@ import torch
 
 from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.device import choose_device
+from pretrain.files import write_text
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
 # Modules whose ``measure`` takes the options by their names
@@ -37,6 +39,7 @@ MEASURES = {
     "det": "det_plugin.benchmark.backbone",
     "det-step": "det_plugin.benchmark.step",
     "seg": "seg_plugin.benchmark",
+    "start": "det_plugin.benchmark.start",
 }
 # what the project promises: at most, or for the data path at least
 BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -70,8 +73,7 @@ def main(arguments: list[str]) -> None:
     found |= {"packages": packages_in_use(), "hardware": hardware()}
     show(found)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        write_text(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -92,6 +94,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto | cpu | cuda | mps")
     dtypes = ("float32", "bf16")
     add("--precision", default="float32", choices=dtypes, help="heads: of the chunked form")
+    add("--files", type=int, default=200_000, metavar="N", help="start: in the folder (%(default)s)")
+    smaller = "start: COCO's sizes are divided by N (%(default)s)"
+    add("--shrink", type=int, default=1, metavar="N", help=smaller)
     real = "step: also with real JPEG files through both data paths"
     add("--with-data", type=int, metavar="WORKERS", help=real)
     what = "step, paka: settings for all, e.g. step.compile=true; det-step: of the protocol"

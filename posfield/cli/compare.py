@@ -15,17 +15,22 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from det_plugin.coco.layout import locate
 from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
-from pretrain.cli import command_parser, fields_and_kwargs
+from pretrain.cli import add_data_changed, command_parser, fields_and_kwargs
 from pretrain.config import SHIPPED
-from pretrain.errors import UserError
+from pretrain.data.datasets import open_label_sets
+from pretrain.data.digest import hash_of_file
+from pretrain.errors import UserError, one_line
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.jobs.slurm import Queue
 from pretrain.jobs.stage import OTHER, is_to_begin
+from pretrain.run_lock import tidy
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -48,6 +53,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     instead.add_argument("--submit", action="store_true", help=slurm)
     instead.add_argument("--status", action="store_true", help="only show what is done")
     instead.add_argument("--tables", action="store_true", help="only write the tables of what is done")
+    add_data_changed(parser)
     add("--dry-run", action="store_true", help="only show the commands, or the SLURM jobs")
     add("overrides", nargs="*", metavar="key=value", help="keys of the config")
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -94,6 +100,17 @@ def sweep_jobs(comparison: Comparison) -> int:
     return len(grid.lr_grid) * len(grid.weight_decay_grid) * grid.seeds
 
 
+def data_now(comparison: Comparison, kind: str) -> dict[str, Any]:
+    """The digest of the data of all runs of a kind, as far as it is cheap: of COCO the annotations."""
+    if kind == "detect":
+        return {
+            split: {"annotations": hash_of_file(locate(comparison.coco, split).annotations)}
+            for split in ("train", "val")
+        }
+    parts = open_label_sets(comparison.ade, "ade20k")
+    return {part: found.digest() for part, found in zip(("training", "validation"), parts)}
+
+
 def go_on(
     comparison: Comparison, weights: Mapping[str, Weights], runs: list[FineTuning], options: argparse.Namespace,
     queue: Queue | None,
@@ -108,6 +125,7 @@ def go_on(
             print(of_job or shlex.join(run.command))
         return failed, []
     compare.check_data(comparison, begin)
+    compare.check_same_data(runs, begin, lambda kind: data_now(comparison, kind), options.data_changed)
     failed |= compare.prepare_all(weights, [run.entry for run in begin])
     n_gpus = 0 if comparison.device == "cpu" else options.gpus_per_run
     runner = Runner(options.jobs, 60 * options.max_minutes - GRACE_S, n_gpus, queue)
@@ -123,6 +141,11 @@ def main(arguments: list[str]) -> None:
     words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
     asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
     queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
+    if not (options.status or options.dry_run):
+        tidy(
+            options.output,
+            *(options.output / name for name in ("weights", *map(name_of, comparison.entries))),
+        )
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():
@@ -131,14 +154,18 @@ def main(arguments: list[str]) -> None:
     if lost and options.strict:
         raise UserError(f"--strict: {len(lost)} of {len(rows)} files are missing")
     n_jobs = sweep_jobs(comparison) if queue else None
-    planned = compare.plan(comparison, weights, options.output, options.gpus_per_run, n_jobs)
+    how = options.gpus_per_run, n_jobs, options.data_changed
+    planned = compare.plan(comparison, weights, options.output, *how)
     runs = [run for run in planned if run.entry in rows]
     if options.status:
         return print(*(f"{run.state:<16} {run.name}" for run in runs), sep="\n")
     failed, left = ({}, []) if options.tables else go_on(comparison, weights, runs, options, queue)
     if not options.dry_run:
         done = [run for run in planned if run.is_done]
-        print(compare.write_tables(done, weights, comparison.tables, options.output, options.config.stem))
+        where = options.output, options.config.stem
+        text, unread = compare.write_tables(done, weights, comparison.tables, *where)
+        print(text)
+        failed |= unread
     for name, why in failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        print(f"failed: {name}: {one_line(why)}", file=sys.stderr)
     raise_for(f"failed: {', '.join(failed)}" if failed else "", left, f"{len(runs)} runs")

@@ -172,6 +172,11 @@ def draw(
     return shown
 
 
+def spread(mean: float, std: float, decimals: int) -> str:
+    """ "0.5 ± 0.1"; of one image the mean alone."""
+    return f"{mean:.{decimals}f}" + ("" if np.isnan(std) else f" ± {std:.{decimals}f}")
+
+
 def build_page(
     measured: Sequence[Measured], results: Sequence[Result], figures: Sequence[Shown], broken: Sequence[str]
 ) -> str:
@@ -187,9 +192,9 @@ def build_page(
     for m, r in zip(measured, results):
         (nmi, nmi_std), (mad, mad_std) = m.by_layer("nmi"), m.by_layer("mad_px")
         numbers = [f"{nmi.mean():.4f}", f"{nmi[-1]:.4f}", f"{mad.mean():.1f}", f"{mad[-1]:.1f}"]
-        means.append([m.name, r.method, r.backbone, len(m.nmi), *numbers, r.protocol.label])
+        means.append([m.name, r.method, r.network, len(m.nmi), *numbers, r.protocol.label])
         layers = enumerate(zip(nmi, nmi_std, mad, mad_std), 1)
-        rows = [[i, f"{a:.4f} ± {a_std:.4f}", f"{b:.1f} ± {b_std:.1f}"] for i, (a, a_std, b, b_std) in layers]
+        rows = [[i, spread(a, a_std, 4), spread(b, b_std, 1)] for i, (a, a_std, b, b_std) in layers]
         by_layer.append((m.name, rows))
         versions = [(r.git_commit or "–")[:12], r.packages.get("torch", "–")]
         cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}", r.created[:19].replace("T", " ")]

@@ -47,9 +47,9 @@ class Measured:
 
     def by_layer(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean of the heads (as the paper plots it) by layer: its mean and standard deviation over the
-        images, [L] each; of one image the deviation is 0."""
+        images, [L] each; of one image there is no deviation, NaN."""
         values = getattr(self, metric).mean(2)  # [n, L]
-        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
 
 
 def metrics_of(measured: Measured) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_statistics(path: Path, name: str) -> Measured:
 def write_summary(path: Path, measured: Iterable[Measured]) -> None:
     """One row for each checkpoint and layer: mean and standard deviation over the images of the heads' mean."""
     rows = (
-        (m.name, layer, len(m.nmi), *map(float, values))
+        (m.name, layer, len(m.nmi), *("" if np.isnan(v) else float(v) for v in values))
         for m in measured
         for layer, values in enumerate(zip(*m.by_layer("nmi"), *m.by_layer("mad_px")), 1)
     )

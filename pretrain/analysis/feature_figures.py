@@ -104,7 +104,9 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
             for patches, dash in (("hidden", "-"), ("given", ":")):
                 chosen = [row for row in rows if row["checkpoint"] == label and row["patches"] == patches]
                 x = [int(row["layer"]) for row in chosen]
-                y, std = (np.array([float(row[name]) for row in chosen]) for name in (field, f"{field}_std"))
+                y, std = (
+                    np.array([float(row[name] or 0) for row in chosen]) for name in (field, f"{field}_std")
+                )
                 name = plain(label) if patches == "hidden" else None
                 axis.plot(x, y, dash, color=color, linewidth=1.7, marker="o", markersize=3, label=name)
                 axis.fill_between(x, y - std, y + std, color=color, alpha=0.18, linewidth=0)

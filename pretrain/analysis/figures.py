@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.analysis.attention import last_layer, patch_at
 from pretrain.analysis.pca import Place, pca_colors
 from pretrain.backbones.vit import ViT
-from pretrain.files import read_json, write_json
+from pretrain.files import read_json, replacing, write_json
 from pretrain.results.runs import Figure as Shown
 from pretrain.results.runs import add_caption
 from pretrain.settings import replaced
@@ -45,11 +45,13 @@ def grid_of_axes(rows: int, columns: int, size_in: tuple[float, float], **more: 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
     """Write ``folder/name`` (PNG), with ``svg`` an SVG beside it, and its caption; closes the figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    with replacing(folder / name) as partial:
+        figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
     if svg:
         # The same bytes each time; text stays text.
-        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-            figure.savefig((folder / name).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+        same = matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"})
+        with same, replacing((folder / name).with_suffix(".svg")) as partial:
+            figure.savefig(partial, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     add_caption(folder / name, title, caption)
     return folder / name

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UserError
+from pretrain.errors import Unwritable, UserError
 from pretrain.files import read_mapping, sync
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
 WHOLE = re.compile(r"it_(\d{8,})(\.old)?")
+UNFINISHED = re.compile(r"it_\d{8,}(\.old)?(\.gone)?\.tmp")
 Record = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 
@@ -44,8 +45,9 @@ def whole_directories(folder: Path) -> list[Path]:
 
 def clean(folder: Path) -> None:
     """Remove what killed processes left unfinished. The main process calls this before it writes."""
-    for path in (folder / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / "checkpoints").glob("it_*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def begin(folder: Path, iteration: int) -> Path:
@@ -90,13 +92,12 @@ def publish(
 
 @contextmanager
 def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
-    """Around the writing of a checkpoint: an :class:`OSError` names it, and its unfinished part goes."""
+    """Around the writing of a checkpoint: an :class:`Unwritable` names it, and its unfinished part goes."""
     try:
         yield
     except OSError as error:
         shutil.rmtree(unfinished(folder, iteration), ignore_errors=True)
-        told = f"checkpoint {directory(folder, iteration)} cannot be written, earlier ones stay: {error.strerror or error}"
-        raise OSError(error.errno, told) from error
+        raise Unwritable(f"checkpoint {directory(folder, iteration)}", error) from error
 
 
 def write_json(path: Path, values: Any) -> Record:

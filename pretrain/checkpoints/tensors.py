@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain.checkpoints.store import Record, record_of
 from pretrain.distributed import local
-from pretrain.errors import UserError
+from pretrain.errors import Unwritable, UserError
 from pretrain.files import read_mapping, sync
 
 STATE, INDEX = "state.safetensors", "index.json"
@@ -88,7 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # this is how it reports a full disk
-        raise OSError(None, str(error)) from error
+        raise Unwritable(path, error) from error
     path.chmod(mode)
     sync(path)
     return record_of(path)

@@ -1,7 +1,9 @@
 """How every tool starts, reads its words, and ends: bad input in one clear line and exit code 2."""
 
 import argparse
+import contextlib
 import importlib.util
+import logging
 import os
 import shlex
 import sys
@@ -9,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import Interrupted, UserError, enough
+from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, enough, one_line
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -34,15 +36,22 @@ def run(main: Callable[[list[str]], None]) -> None:
     """
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
+    logging.raiseExceptions = show_traceback  # a log file on a full disk would show one for every line
     try:
         refuse_empty(arguments)
         with enough("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
-    # OSError names the file: one that cannot be written, a full disk; of a loss the run has said where
+    # OSError names the file; of a loss the run has said where
     except (UserError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+        if way := isinstance(error, OSError) and disk_problem(error):
+            told = way
+        if way or isinstance(error, DiskError):
+            told += f", then go on with: {resumed(arguments)}"
+        with contextlib.suppress(OSError):  # stderr may lie on the same full disk
+            print(f"error: {one_line(told)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
         print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)
@@ -71,6 +80,8 @@ def refuse_empty(words: Sequence[str]) -> None:
 def resumed(words: Sequence[str]) -> str:
     """The command line that goes on where this one stopped."""
     name = Path(sys.argv[0]).name
+    # what was said of the data is saved with the run
+    words = [word for word in words if word != "--data-changed"]
     asked = ["--resume"] * (name in WITH_RESUME and "--resume" not in words)
     return f"{name} {shlex.join([*words, *asked])}"
 
@@ -133,8 +144,15 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     cores = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
     add("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    add_data_changed(parser)
     add("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     return parser
+
+
+def add_data_changed(parser: argparse.ArgumentParser) -> None:
+    """The option of every training."""
+    told = "go on with --resume though the data are others than before; the result says so"
+    parser.add_argument("--data-changed", action="store_true", help=told)
 
 
 def add_mask_options(parser: argparse.ArgumentParser) -> None:

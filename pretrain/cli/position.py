@@ -96,6 +96,7 @@ def probe(
     (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for the table that is about to be replaced
     write_text(folder / TABLE, csv_text(rows))
     subject.write(folder, "position-probe", settings, found, started)
-    told = "R^2 {position_r2:.3f} +- {position_r2_std:.3f}, error {position_error:.3f} (chance {position_chance:.3f})"
+    spread = " +- {position_r2_std:.3f}" if options.draws > 1 else ""
+    told = f"R^2 {{position_r2:.3f}}{spread}, error {{position_error:.3f}} (chance {{position_chance:.3f}})"
     print(f"{subject.label}: {told.format(**found)}")
     return rows

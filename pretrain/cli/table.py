@@ -8,7 +8,8 @@ RUNS are run folders, result.json files, or folders above them. Without any, the
 layout "list" has a row for each method and source. "paper" is that of the paper's tables: mean over seeds,
 standard deviation and difference beside the published number. A pre-training's own result among RUNS says
 which row its fine-tunings belong to; else their method's name does. Dense evaluations have a table of their
-own, set by set, alone where nothing else was measured or first with the layout "dense".
+own, set by set, alone where nothing else was measured or first with the layout "dense". A result that cannot be
+read is left out and named; the exit code is 2 then.
 """
 
 import sys
@@ -19,7 +20,7 @@ from pretrain.files import write_text
 from pretrain.results.pages import page
 from pretrain.results.render import FORMATS, render_all
 from pretrain.results.report import LAYOUTS, tables_of
-from pretrain.results.runs import find_results
+from pretrain.results.runs import read_all, tell_left_out
 from pretrain.results.schema import read_result
 
 
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     add("--output", type=Path, help="file to write; standard output when left out")
     options = parser.parse_args(arguments)
 
-    results = [read_result(path) for path in find_results(options.runs)]
+    results, left = read_all(options.runs, read_result)
     tables = tables_of(results, options.layout, options.tables, options.against)
     if options.format == "csv":  # one table a file: their columns differ
         written, *others = [table for table in tables if table.records]
@@ -49,3 +50,4 @@ def main(arguments: list[str]) -> None:
         sys.stdout.write(text)
     else:
         write_text(options.output, text)
+    tell_left_out(left, len(results))

@@ -6,7 +6,6 @@ include the last one, so 1 is subtracted from the first corner. Difficult and tr
 """
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
-from pretrain.files import read_mapping
+from pretrain.files import breaks_line, read_mapping, read_regular
 from pretrain.settings import shown
 
 MAX_XML_BYTES = 2**22
@@ -88,9 +87,35 @@ def read_voc(
     file = root / "ImageSets" / "Main" / f"{split}.txt"
     known = listed_stems(file)
     if names is not None and (absent := set(names) - set(known)):
-        raise UserError(f"{file} does not name {min(absent)!r}, which the list does")
+        told = repr(min(absent)) if len(absent) < len(names) else "any image"
+        raise UserError(f"{file} does not name {told}, which the list does")
     boxes = {name: read_voc_xml(root / "Annotations" / f"{name}.xml", no_hard) for name in names or known}
     return [BoxedImage(root / "JPEGImages" / f"{name}.jpg", of) for name, of in boxes.items() if len(of)]
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Entities can expand without end, and name files."""
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("it should have no document type")
+
+
+def read_xml(file: Path) -> ElementTree.Element:
+    """The root element of a small XML file that has no document type.
+
+    Raises:
+        ValueError: the file cannot be read, is too large, has a document type or is no XML; says which.
+    """
+    try:
+        content = read_regular(file, MAX_XML_BYTES)
+        parser = ElementTree.XMLParser(target=_WithoutDoctype())
+        parser.feed(content)
+        root: ElementTree.Element = parser.close()
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an unknown encoding
+        raise ValueError(str(error)) from error
+    return root
 
 
 def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
@@ -100,12 +125,8 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
         UserError: the file cannot be read; names an object whose box is not valid by its number.
     """
     try:
-        content = file.read_bytes()
-        # entities can expand without end
-        if len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-            raise ValueError(f"it should have no document type, and at most {MAX_XML_BYTES} bytes")
-        tree = ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+        tree = read_xml(file)
+    except ValueError as error:
         raise UserError(f"{file}: no readable annotation ({error})") from error
     boxes = []
     for number, element in enumerate(tree.findall("object"), 1):
@@ -151,7 +172,8 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
             boxes[image].append(box)
     by_name = {path.stem: id for id, path in files.items()}
     if absent := set(names or ()) - set(by_name):
-        raise UserError(f"{file} has no image {min(absent)!r}, which the list names")
+        told = repr(min(absent)) if len(absent) < len(names or ()) else "at all"
+        raise UserError(f"{file} has no image {told}, which the list names")
     chosen = files if names is None else [by_name[name] for name in names]
     return [BoxedImage(files[id], np.array(boxes[id], np.float64)) for id in chosen if boxes[id]]
 
@@ -167,11 +189,6 @@ def is_crowd(entry: Mapping[str, Any]) -> bool:
     if flag is None:
         raise ValueError(f"the iscrowd {shown(value)}: not 0 or 1")
     return flag
-
-
-def breaks_line(letter: str) -> bool:
-    """Whether a character breaks a line, controls a terminal or cannot be written (a lone surrogate)."""
-    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:

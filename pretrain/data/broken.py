@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from pretrain.data.decode import FORMATS
 from pretrain.errors import UserError
+from pretrain.files import replacing, writing
 from pretrain.log import log
 
 FILE_NAME = "broken_images.txt"
@@ -48,15 +49,12 @@ def read_or_other(
     raise UserError(f"{what}: {len(broken)} images in a row cannot be read, the first: {broken[0]}")
 
 
-def may_be_cut_off(file: Path) -> bool:
-    """Whether a file is a JPEG or PNG without its end, no image or missing: a cheap look before decoding it."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(12)
-            opened.seek(-min(12, os.fstat(opened.fileno()).st_size), os.SEEK_END)
-            tail = opened.read()
-    except OSError:
-        return True
+def may_be_cut_off(file: BinaryIO) -> bool:
+    """Whether a file is a JPEG or PNG without its end, or no image: a cheap look before decoding it."""
+    file.seek(0)
+    head = file.read(12)
+    file.seek(-min(12, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    tail = file.read()
     if head.startswith(b"\xff\xd8"):
         return not tail.endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG"):
@@ -123,7 +121,8 @@ class BrokenFiles:
         """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; none: no file."""
         if self.files:
             lines = "".join(f"{name}\n" for name in sorted(self.files))
-            (folder / FILE_NAME).write_text(lines, encoding="utf-8", errors="backslashreplace")
+            with replacing(folder / FILE_NAME) as partial:
+                partial.write_text(lines, encoding="utf-8", errors="backslashreplace")
 
     def state(self) -> dict[str, Any]:
         """Plain values, for other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same account."""
@@ -153,8 +152,9 @@ class Skipped:
             log(f"broken, another image takes its place: {name}")
             if self.file and name not in self._written():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.file, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(f"{name}\n")
+                line = f"{name}\n".encode(errors="backslashreplace")
+                with writing(self.file), open(self.file, "ab") as file:
+                    file.write(line)
         if self.account.over(self.share):
             counts = self.account.told(0)[0]
             raise UserError(f"data: {counts}, more than a share of {self.share:g}; {self.file} lists them")

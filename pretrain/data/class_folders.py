@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.digest import digest_of
 from pretrain.data.images import read_picture, spread
 from pretrain.data.sources.files import SUFFIXES, is_image, left_out
 from pretrain.errors import UserError
@@ -36,6 +38,16 @@ class ClassFolder:
         """The same with at most ``most`` images, at equal steps from the first one."""
         return replace(self, files=spread(self.files, most))
 
+    @property
+    def named(self) -> dict[str, str]:
+        """{CLASS/FILE: path} of the images."""
+        names = (os.path.join(self.classes[number], name) for number, name in self.files)
+        return {name: os.path.join(self.folder, name) for name in names}
+
+    def digest(self) -> dict[str, Any]:
+        """What tells it from others (:mod:`pretrain.data.digest`): number, names and sizes of the images."""
+        return digest_of([str(self.folder / self.classes[k] / name) for k, name in self.files]).values()
+
     def labels(self) -> Tensor:
         """Number of the class of each image; [n] int64."""
         return torch.tensor([number for number, _ in self.files])
@@ -54,6 +66,8 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     """
     folders = Path(root) / "train", Path(root) / "val"
     train, val = map(_list, folders)
+    if len(train) < 2:
+        raise UserError(f"{folders[0]}: its images are all of one class; a classifier needs two")
     if missing := [name for name in val if name not in train]:
         raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
 

@@ -1,11 +1,12 @@
 """A few whole images of a set in memory, for probes and analyses: the same ones each time."""
 
+import filecmp
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,8 +100,10 @@ def cut_off(files: Sequence[Path]) -> list[str]:
 
     def reason(file: Path) -> str:
         try:
-            if may_be_cut_off(file):
-                decode(read_file(os.fsencode(file)))
+            with suppress(OSError), open(file, "rb") as opened:
+                if not may_be_cut_off(opened):
+                    return ""
+            decode(read_file(os.fsencode(file)))
         except BrokenImage as error:
             return f"{file} cannot be read ({error})"
         return ""
@@ -200,6 +203,19 @@ def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
 def content_hash(images: Tensor) -> str:
     """12 hex digits of the SHA-256 of uint8 pixels on the CPU: two analyses saw the same."""
     return hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:12]
+
+
+def n_shared(train: Mapping[str, str], val: Mapping[str, str]) -> int:
+    """How many images of a validation part are in the training part, too: of those that have one name in both,
+    the ones that are one file or have the same content. Each part is {name within it: path}."""
+    pairs = [(train[name], path) for name, path in val.items() if name in train]
+
+    def is_same(one: str, other: str) -> bool:
+        with suppress(OSError):
+            return os.path.samefile(one, other) or filecmp.cmp(one, other, shallow=False)
+        return False
+
+    return sum(in_threads(lambda pair: is_same(*pair), pairs))
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:

@@ -25,8 +25,15 @@ from torch import Generator, Tensor
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_long
-from pretrain.evaluation.features import FORWARD_BATCH, Features, Moments, ReadOut, finite
-from pretrain.evaluation.miou import count_pairs, greedy, hungarian, mean_iou
+from pretrain.evaluation.features import (
+    FORWARD_BATCH,
+    Features,
+    Moments,
+    ReadOut,
+    check_varied,
+    finite,
+)
+from pretrain.evaluation.miou import count_pairs, greedy, hungarian, mean_iou, n_present
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
@@ -89,7 +96,7 @@ def clustering(
     n_classes = len(val.classes)
     numbers = (n_classes, *settings.overclusters)
     _check(features, val, settings, numbers)
-    project, pool = _pool(features, val, settings)
+    project, pool = _pool(features, val, settings, signals)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     centers = _centers(pool, [(n, seed) for n in numbers for seed in seeds], settings, signals)
     counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centers}
@@ -112,6 +119,7 @@ def clustering(
         metrics[f"{name}_miou"] = statistics.fmean(scores)
         if len(seeds) > 1:
             metrics[f"{name}_miou_std"] = statistics.stdev(scores)
+    metrics["val_classes"] = n_present(counts[n_classes, seeds[0]])
     matched = hungarian(counts[n_classes, seeds[0]])
     maps = [(matched[clusters] + 1).cpu().numpy().astype(np.int32) for clusters in shown]
     return Outcome(metrics, {"clustering": maps})
@@ -130,7 +138,9 @@ def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numb
         raise UserError(f"clustering: {what}")
 
 
-def _pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tuple[ReadOut, Tensor]:
+def _pool(
+    features: Features, val: LabelSet, settings: ClusteringSettings, signals: StopSignals | None
+) -> tuple[ReadOut, Tensor]:
     """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all
     where there are no more."""
     backbone = features.backbone
@@ -148,6 +158,7 @@ def _pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tu
             seen += len(patches)
     assert seen == n_patches, (seen, n_patches)
     finite(moments.xx)
+    check_varied(pool, signals)
     project = principal(moments, settings.pca_dim)
     return project, torch.cat([project(part).float() for part in pool.split(PROJECTED_AT_ONCE)])
 

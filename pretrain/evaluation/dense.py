@@ -19,6 +19,7 @@ import numpy as np
 
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.datasets import LabelSet
+from pretrain.data.images import n_shared
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, UsedSettings
 from pretrain.evaluation import Outcome, check_signals
@@ -27,7 +28,7 @@ from pretrain.evaluation.features import Features
 from pretrain.evaluation.in_context import InContextSettings, in_context
 from pretrain.evaluation.knn import KnnSettings, knn_classification
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
-from pretrain.files import read_mapping, write_json
+from pretrain.files import read_mapping, replacing, write_json
 from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib
 from pretrain.results.schema import FILE_NAME, Protocol, read_result
@@ -69,6 +70,7 @@ class DenseSettings(Settings):
     knn: KnnSettings = KnnSettings()
 
 
+DIGEST = "digest"  # of the parts, in a finished task
 TASKS = tuple(DenseSettings.model_fields)
 DENSE_TASKS = tuple(name for name in TASKS if name != KNN)
 # Training and validation images of the public protocols. Other sets have no such number.
@@ -198,6 +200,10 @@ def job_of(
     name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
     others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
     used = [part.first(max_images or len(part)) for part in parts]
+    if shared := n_shared(*(part.named for part in used)):
+        others["shared_images"] = (0, shared)
+        told = f"{shared} of the {len(used[1])} validation images are training images, too"
+        print(f"{name}: {told}: the numbers say less than they seem to", flush=True)
     data: dict[str, Any] = {}
     for whole, part in zip(parts, used):
         if isinstance(part, LabelSet):
@@ -238,16 +244,23 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
     # Read before the first hour: an error now where one differs
     files = sorted((folder / TASKS_FOLDER).glob("*.json"))
     weights = file_hash(job.subject.path, _weights_of(files))
-    before = {file.stem: _read(file, _identity(job, file.stem, weights)) for file in files}
+    own = {"weights_hash": weights, DIGEST: {str(k): part.digest() for k, part in enumerate(job.parts)}}
+    before = {file.stem: _read(file, _identity(job, file.stem, own)) for file in files}
     for task in before:
         print(f"{task}: evaluated before{'' if task in job.settings else ', not asked for now'}", flush=True)
     for task in [task for task in job.settings if task not in before]:
         check_signals(signals, task)
         done = before[task] = job.evaluate(task, features, signals)
-        _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, weights), done)
+        _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, own), done)
         numbers = [f"{name} {value:.2f}" for name, value in done.metrics.items() if isinstance(value, float)]
-        print(f"{task}: {', '.join(numbers)}, {done.wall_time_s:.0f} s", flush=True)
+        print(f"{task}: {', '.join(numbers)}{_over(done, job)}, {done.wall_time_s:.0f} s", flush=True)
     return {task: before[task] for task in job.settings}
+
+
+def _over(done: Outcome, job: Job) -> str:
+    """Of how many classes a mean is, where some do not occur in the validation part."""
+    n_there, val = done.metrics.get("val_classes"), job.parts[-1]
+    return "" if n_there in (None, len(val.classes)) else f" ({n_there} of {len(val.classes)} classes occur)"
 
 
 def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
@@ -255,10 +268,12 @@ def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
     tasks."""
     part = job.parts[-1]
     metrics = {name: value for task in finished.values() for name, value in task.metrics.items()}
-    others: dict[str, Any] = {
-        "labels": part.description if isinstance(part, LabelSet) else "",
-        "seed": job.seed,
-    }
+    metrics["images"] = len(part)
+    folder_name = "" if isinstance(part, LabelSet) else part.folder.absolute().parent.name
+    labels = (
+        part.description if isinstance(part, LabelSet) else f"{len(part.classes)} classes of {folder_name}"
+    )
+    others: dict[str, Any] = {"labels": labels, "seed": job.seed}
     others["wall_time_s"] = sum(task.wall_time_s for task in finished.values())
     others["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())
     protocol = protocol_of(job.set_name, job.settings, job.others)
@@ -282,8 +297,8 @@ def watched(part: Part, task: str, signals: StopSignals) -> Part:
     return replace(part, on_read=on_read)
 
 
-def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
-    identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), "weights_hash": weights}))
+def _identity(job: Job, task: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps({**job.config(task), **own}))
     return identity
 
 
@@ -307,6 +322,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = f"no finished task can be read here ({type(error).__name__}: {error})"
         raise UserError(f"{file}: {reason}; remove it") from error
+    # an earlier version kept none
+    identity = {key: value for key, value in identity.items() if key != DIGEST or key in before}
     if changed := compared(before, identity):
         pairs = {key: f"{json.dumps(old)}, now {json.dumps(now)}" for key, (old, now) in changed.items()}
         told = [f"{key} ({pair})" if len(pair) < 80 else key for key, pair in sorted(pairs.items())]
@@ -316,8 +333,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Outcome:
 
 def _leave(file: Path, identity: Mapping[str, Any], done: Outcome) -> None:
     """The json is written last and in one step: where it exists, the task is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     maps: dict[str, Any] = {name: np.stack(some) for name, some in done.maps.items() if some}
-    np.savez_compressed(file.with_suffix(".npz"), **maps)
+    with replacing(file.with_suffix(".npz")) as partial, open(partial, "wb") as arrays:
+        np.savez_compressed(arrays, **maps)
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
     write_json(file, {"of": identity, "metrics": done.metrics, **cost})

@@ -9,9 +9,14 @@ Both as their public code does it, on the keys of the last attention layer, head
 their own size. What the code leaves to chance is fixed here (ours): of patches that are equal, in degree or
 in their eigenvector's entry, the first in reading order is taken.
 
+Attention does not depend on a bias of the keys, so nothing holds it small: that of DINOv2, and of what was
+trained from it, makes the products of all keys positive, and both methods then answer with the whole image or
+at random. Where this is so :func:`usual_features` leaves the bias away (ours).
+
 Memory: a graph of N patches takes about 5 N^2 bytes in LOST, and 40 N^2 in TokenCut: 160 MB at N = 2,000.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +36,10 @@ TOKENCUT_TAU, TOKENCUT_EPS = 0.2, 1e-5  # patches more alike than tau are joined
 # Entries of an eigenvector closer than this differ by rounding: patches with the same edges have the same
 # entry
 TIED = 1e-6
+AUTO, WITHOUT_BIAS = "auto", "keys-without-bias"
+KINDS = ("keys", WITHOUT_BIAS, "queries", "values", "tokens")  # tokens: the last features
+LOOKED_AT = 8  # images by which AUTO decides
+ALL = 0.99  # of the pairs of patches alike: a graph that says nothing
 HIT_IOU = 0.5  # CorLoc counts boxes with more than this, by the papers' rule; their code has "at least"
 
 Grid = tuple[int, int]
@@ -39,10 +48,14 @@ Mask = NDArray[np.bool_]
 
 
 class Found(NamedTuple):
-    """The object's patches [h, w] bool, and the patch that the method started from, (row, column)."""
+    """The object's patches [h, w] bool, and the patch that the method started from, (row, column).
+
+    ``is_void``: there is no answer in it, for nearly all patches are alike, or none is like another.
+    """
 
     mask: Mask
     seed: Grid
+    is_void: bool
 
 
 def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
@@ -64,7 +77,7 @@ def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
     alike = nearest[linked[seed, nearest]]
     towards = similarity[alike].sum(0) > 0  # [N]
     towards[seed] = True  # already so unless its feature is zero
-    return _found(towards, seed, grid)
+    return _found(towards, seed, grid, linked)
 
 
 def tokencut(features: Tensor, grid: Grid, tau: float = TOKENCUT_TAU, eps: float = TOKENCUT_EPS) -> Found:
@@ -90,23 +103,25 @@ def tokencut(features: Tensor, grid: Grid, tau: float = TOKENCUT_TAU, eps: float
     above = vector > vector.mean()
     side = above if above[seed] else ~above
     side[seed] = True  # of a single patch
-    return _found(side, seed, grid)
+    return _found(side, seed, grid, linked)
 
 
 METHODS: Mapping[str, Callable[[Tensor, Grid], Found]] = {"lost": lost, "tokencut": tokencut}
 
 
 class Judged(NamedTuple):
-    """A found box [4] in pixels of the image, its best IoU with a true one, and whether that is a hit."""
+    """A found box [4] in pixels of the image, its best IoU with a true one, whether that is a hit, and whether
+    it is no answer: the whole image, or of a graph that says nothing."""
 
     box: Boxes
     iou: float
     hit: bool
+    void: bool
 
     def row(self) -> dict[str, float | int]:
-        """``x0``, ``y0``, ``x1``, ``y1``, ``iou`` and ``hit`` (0, 1), as a table holds them."""
+        """``x0``, ``y0``, ``x1``, ``y1``, ``iou``, ``hit`` and ``void`` (0, 1), as a table holds them."""
         corners = dict(zip(("x0", "y0", "x1", "y1"), (round(float(v), 2) for v in self.box)))
-        return {**corners, "iou": round(self.iou, 4), "hit": int(self.hit)}
+        return {**corners, "iou": round(self.iou, 4), "hit": int(self.hit), "void": int(self.void)}
 
 
 def discover(
@@ -124,22 +139,53 @@ def discover(
         pixels: uint8 [H, W, 3].
         truth: true boxes [n, 4] in pixels.
         methods: names of :data:`METHODS`.
-        of: ``keys`` of the last attention layer | ``tokens``, the last features.
+        of: one of :data:`KINDS`, of the last layer.
         short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole
             patches.
     """
+    x, grid, patch_px = _described(features, pixels, of, short_px)
+    found = {}
+    for method in methods:
+        answer, size_px = METHODS[method](x, grid), pixels.shape[:2]
+        box = box_of(answer.mask, patch_px, size_px)
+        best = best_iou(box, truth)
+        is_whole = box.tolist() == [0, 0, size_px[1], size_px[0]]
+        found[method] = Judged(box, best, best > HIT_IOU, is_whole or answer.is_void)
+    return found
+
+
+def best_iou(box: Boxes, truth: Boxes) -> float:
+    """Of a box [4] with true ones [n, 4]."""
+    return float(box_iou(torch.from_numpy(box[None]), torch.from_numpy(truth)).max())
+
+
+def usual_features(
+    features: Features, pictures: Sequence[NDArray[np.uint8]], short_px: int = 0
+) -> tuple[str, float]:
+    """What a backbone is looked at by if nobody says it: ``keys``; ``keys-without-bias`` where this bias makes
+    the products of all keys positive. With the share of positive products of the keys, a mean over images."""
+    shares = {}
+    for of in ("keys", WITHOUT_BIAS):
+        graphs = (_described(features, pixels, of, short_px)[0] for pixels in pictures)
+        shares[of] = statistics.fmean(float((x @ x.T > 0).float().mean()) for x in map(_at_home, graphs))
+        if shares["keys"] < ALL:
+            break
+    return WITHOUT_BIAS if shares.get(WITHOUT_BIAS, 1.0) < ALL else "keys", shares["keys"]
+
+
+def _described(
+    features: Features, pixels: NDArray[np.uint8], of: str, short_px: int
+) -> tuple[Tensor, Grid, tuple[float, float]]:
+    """Of an image: the features [N, D] of its patches, their grid, and a patch's height and width in pixels."""
     patch_size, as_is = features.backbone.patch_size, torch.from_numpy(pixels).permute(2, 0, 1)
     image = whole(pixels, short_px, patch_size) if short_px else as_is
     height, width = image.shape[1:]
     grid = check_grid(-(-height // patch_size), -(-width // patch_size), f"an image of {width} x {height} px")
-    x = features.keys(image[None]) if of == "keys" else features.layer(image[None], -1)
-    patch_px = (patch_size * pixels.shape[0] / height, patch_size * pixels.shape[1] / width)
-    found = {}
-    for method in methods:
-        box = box_of(METHODS[method](x[0], grid).mask, patch_px, pixels.shape[:2])
-        best = float(box_iou(torch.from_numpy(box[None]), torch.from_numpy(truth)).max())
-        found[method] = Judged(box, best, best > HIT_IOU)
-    return found
+    if of == "tokens":
+        x = features.layer(image[None], -1)
+    else:
+        x = features.attended(image[None], of.split("-")[0], bias=of != WITHOUT_BIAS)
+    return x[0], grid, (patch_size * pixels.shape[0] / height, patch_size * pixels.shape[1] / width)
 
 
 def _at_home(features: Tensor) -> Tensor:
@@ -147,9 +193,11 @@ def _at_home(features: Tensor) -> Tensor:
     return features.cpu() if features.device.type == "mps" else features
 
 
-def _found(mask: Tensor, seed: int, grid: Grid) -> Found:
-    at = divmod(seed, grid[1])
-    return Found(component(mask.cpu().unflatten(0, grid).numpy(), at), at)
+def _found(mask: Tensor, seed: int, grid: Grid, linked: Tensor) -> Found:
+    at, n_pairs = divmod(seed, grid[1]), len(linked) * (len(linked) - 1)
+    n_alike = int(linked.sum() - linked.diagonal().sum())
+    is_void = n_alike == 0 or n_alike >= ALL * n_pairs
+    return Found(component(mask.cpu().unflatten(0, grid).numpy(), at), at, is_void)
 
 
 def component(mask: Mask, seed: Grid) -> Mask:

@@ -1,5 +1,6 @@
 """What all evaluations share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,22 +85,25 @@ class Features:
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
         """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the
-        end); a UserError where they are not finite, as of :meth:`keys`."""
+        end); a UserError where they are not finite, as of :meth:`attended`."""
         found: list[Tensor] = []
         wanted = range(len(layer_names(self.backbone)))[layer]
         self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
         return finite(torch.cat(found))
 
-    def keys(self, images: Tensor) -> Tensor:
-        """Keys of the last attention layer, heads side by side, of the patches alone: [n, N, D]."""
+    def attended(self, images: Tensor, which: str = "keys", bias: bool = True) -> Tensor:
+        """``queries``, ``keys`` or ``values`` of the last attention layer, heads side by side, of the patches
+        alone, with the bias of their projection or without: [n, N, D]."""
         found: list[Tensor] = []
-        last = self.backbone.blocks[-1]
+        last, third = self.backbone.blocks[-1], ("queries", "keys", "values").index(which)
         assert isinstance(last, Block)
-        keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[1]))  # noqa: E731
+        own = last.attn.qkv.bias.chunk(3)[third]
+        keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[third]))  # noqa: E731
         with last.attn.qkv.register_forward_hook(keep):
             for _ in self._passes(images):
                 pass
-        return finite(torch.cat(found)[:, self.backbone.n_prefix :])
+        patches = finite(torch.cat(found)[:, self.backbone.n_prefix :])
+        return patches if bias else patches - at_least_float32(own)
 
     def _passes(self, images: Tensor, masks: Tensor | None = None) -> Iterator[tuple[int, Tokens]]:
         """Number of images done, and the tokens of the last of them."""
@@ -125,6 +129,16 @@ def finite(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite numbers")
     return x
+
+
+def check_varied(x: Tensor, signals: object) -> None:
+    """A UserError where features [n, D] of different images (or patches) are all the same: a score would be that
+    of a constant answer. In a probe (no signals), which may look at a network that collapses, a warning."""
+    if len(x) > 1 and bool((x.amax(0) - x.amin(0) <= 1e-6 * x.abs().amax()).all()):
+        told = "the backbone's features are the same everywhere: the score is that of a constant answer"
+        if signals is not None:
+            raise UserError(told)
+        warnings.warn(told, stacklevel=3)
 
 
 def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:

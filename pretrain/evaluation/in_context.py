@@ -26,6 +26,7 @@ they fit into half of what is free there, else on the host, from which each chun
 """
 
 import time
+import warnings
 from functools import partial
 from itertools import product
 
@@ -44,7 +45,15 @@ from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_lon
 from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
 from pretrain.evaluation.knn import nearest
 from pretrain.evaluation.linear_segmentation import Pixels, cropped
-from pretrain.evaluation.miou import class_ious, confusion_of, hungarian, mean_iou, named_ious
+from pretrain.evaluation.miou import (
+    class_ious,
+    confusion_of,
+    hungarian,
+    mean_iou,
+    n_present,
+    named_ious,
+    tell_untrained,
+)
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
@@ -86,7 +95,7 @@ def in_context(
     signals: StopSignals | None = None,
 ) -> Outcome:
     """An evaluator: ``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before
-    matching), in percent, and maps ``in_context`` (before matching). The search looks at signals after each
+    matching), in percent, ``val_classes``, and maps ``in_context`` (before matching). The search looks at signals after each
     chunk of the memory."""
     side = whole_patches(settings.image_px, features)
     n_patches = (side // features.backbone.patch_size) ** 2  # of an image
@@ -97,6 +106,9 @@ def in_context(
         what = f"in_context: {queries:,} patches compared with up to {held:,} ({bank_gb:.1f} GB)"
         tell_if_long(what, seconds, "in_context.memory_size")
     memory = remember(features, train, settings, side)
+    if memory.n < settings.k:
+        told = f"k={settings.k} is more than the {memory.n} patches of the training part: all of them vote"
+        warnings.warn(f"in_context: {told}", stacklevel=2)
     unit = f"batches of {FORWARD_BATCH} images"
     tell = steps("in_context, search", -(-len(val) // FORWARD_BATCH), signals, unit)
     check = partial(check_signals, signals, "in_context")
@@ -107,10 +119,13 @@ def in_context(
         tell()
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
-    confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
+    confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown, signals)
+    trained = memory.counts[: memory.n].amax(0) > 0
+    tell_untrained(trained, confusion, val.classes, "in_context")
     metrics = {
         "in_context_miou": mean_iou(confusion),
         "in_context_hungarian_miou": mean_iou(confusion, hungarian(confusion)),
+        "val_classes": n_present(confusion),
         "in_context_class_iou": named_ious(class_ious(confusion), val.classes),
     }
     return Outcome(metrics, {"in_context": maps})

@@ -19,7 +19,7 @@ from pretrain.data.class_folders import ClassFolder
 from pretrain.data.images import center_crop, in_batches
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, Tick, check_signals, steps
-from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
+from pretrain.evaluation.features import FORWARD_BATCH, Features, check_varied, finite
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
@@ -56,15 +56,23 @@ def knn_classification(
     A k of more neighbors than training images is left out, with a warning. There are no maps.
 
     Returns:
-        ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them.
+        ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them; ``largest_class``, the
+        share of ``val`` that is of one class: what a constant answer would have.
+
+    Raises:
+        UserError: all features are the same.
     """
     ks = _possible(features, train, settings)
     bank, queries = (_features(features, part, settings, signals) for part in (train, val))
+    check_varied(bank, signals)
     labels, classes = train.labels().to(bank.device), val.labels().to(bank.device)
     predicted = knn_predict(bank, labels, queries, ks, len(train.classes), settings.temperature)
     top1 = dict(zip(ks, (100.0 * (predicted == classes).double().mean(1)).tolist()))
     main: dict[str, Any] = {"knn_top1": top1[MAIN_K]} if MAIN_K in top1 else {}
-    return Outcome(main | {f"knn_top1_k{k}": value for k, value in top1.items()})
+    constant = 100.0 * int(classes.bincount().max()) / len(classes)
+    return Outcome(
+        {**main, **{f"knn_top1_k{k}": value for k, value in top1.items()}, "largest_class": constant}
+    )
 
 
 def _possible(features: Features, train: ClassFolder, settings: KnnSettings) -> list[int]:

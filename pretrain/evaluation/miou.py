@@ -5,6 +5,7 @@ keep (class PredsmIoU there): one to one by the largest sum of IoUs; many to one
 each cluster.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps
+from pretrain.evaluation.features import FORWARD_BATCH, Features, check_varied, patch_maps
+from pretrain.signals import StopSignals
 
 UNMATCHED = -1
 
@@ -29,6 +31,7 @@ def confusion_of(
     label_px: int,
     map_px: int,
     n_shown: int,
+    signals: StopSignals | None = None,
 ) -> tuple[Tensor, list[NDArray[np.int32]]]:
     """Pixels of the validation part by prediction and label, int64 [C, C] of :func:`count_pairs` on the CPU,
     and the predictions of the first ``n_shown`` images, [map_px, map_px].
@@ -39,13 +42,15 @@ def confusion_of(
         label_px: side of the maps that are compared.
 
     Raises:
-        UserError: no pixel is counted.
+        UserError: no pixel is counted; all patches have the same features.
     """
     n_classes = len(val.classes)
     shown: list[NDArray[np.int32]] = []
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for images, labels in val.squares(side, side, FORWARD_BATCH):
         for part in patch_maps(features, images):  # one
+            if not confusion.any():
+                check_varied(part.flatten(0, 1), signals)
             scores = predict(part)
             pixels = predict_pixels(scores, label_px)
             confusion += count_pairs(pixels, shrink(labels, label_px), n_classes, n_classes).cpu()
@@ -128,6 +133,24 @@ def mean_iou(confusion: Tensor, assignment: Tensor | None = None) -> float:
     there.
     """
     return class_ious(confusion, assignment).nanmean().item()
+
+
+def n_present(confusion: Tensor) -> int:
+    """How many classes occur in the labels."""
+    return int((confusion.sum(0) > 0).sum())
+
+
+def tell_untrained(trained: Tensor, confusion: Tensor, classes: Sequence[str], task: str) -> None:
+    """Warn of classes that the validation part has and no training image: their IoU is 0, whatever the features
+    are worth.
+
+    Args:
+        trained: bool [C], the classes that occur in the training part.
+    """
+    without = [name for name, is_there in zip(classes, (confusion.sum(0) > 0) & ~trained.cpu()) if is_there]
+    if without:
+        told = f"{len(without)} classes of the validation part have no training pixel, so their IoU is 0"
+        warnings.warn(f"{task}: {told}; the first: {without[0]}", stacklevel=3)
 
 
 def named_ious(ious: Tensor, classes: Sequence[str]) -> dict[str, float]:

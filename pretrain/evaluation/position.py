@@ -13,6 +13,7 @@ standardized; D / n is added to the diagonal of their D x D correlation matrix, 
 D rows of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -54,9 +55,9 @@ class LayerScore(NamedTuple):
         return statistics.fmean(getattr(score, field) for score in self.scores)
 
     def std(self, field: str) -> float:
-        """Sample standard deviation over the draws; 0 for a single one."""
+        """Sample standard deviation over the draws; NaN for a single one."""
         values = [getattr(score, field) for score in self.scores]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def position_layers(
@@ -228,7 +229,7 @@ def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterat
         for field in Score._fields:
             row[field] = f"{score.mean(field):.6f}"
             if field != "chance":
-                row[f"{field}_std"] = f"{score.std(field):.6f}"
+                row[f"{field}_std"] = "" if len(score.scores) < 2 else f"{score.std(field):.6f}"
         yield row
 
 
@@ -238,7 +239,7 @@ def metrics(scores: Sequence[LayerScore]) -> dict[str, float]:
     last, best = hidden[-1], max(hidden, key=lambda score: score.mean("r2"))
     return {
         **{f"position_{field}": last.mean(field) for field in Score._fields},
-        **{f"position_{field}_std": last.std(field) for field in ("error", "r2")},
+        **{f"position_{field}_std": last.std(field) for field in ("error", "r2") if len(last.scores) > 1},
         "position_best_r2": best.mean("r2"),
         "position_best_layer": best.layer,
         "given_r2": scores[-1].mean("r2"),

@@ -4,20 +4,21 @@
 :func:`plan` do not depend on each other.
 """
 
-import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.cli import command
+from pretrain.data import digest
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
-from pretrain.files import write_text
+from pretrain.files import read_mapping, write_text
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.jobs.slurm import INDEX
 from pretrain.jobs.stage import Stage
@@ -27,6 +28,7 @@ from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
+from pretrain.results.untrusted import parsed
 from pretrain.weights.sources.posfield import FORMAT
 
 ASKED = ("source", "subnet", "patch_size", "method", "effective_epochs")  # options of convert() in an entry
@@ -101,8 +103,7 @@ def prepare(entry: Entry, weights: Weights) -> None:
         convert(weights.source, weights.file, name=entry.backbone, **asked)
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
-    weights.note.parent.mkdir(parents=True, exist_ok=True)
-    weights.note.write_text(shlex.join(weights.identity))
+    write_text(weights.note, shlex.join(weights.identity))
 
 
 def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry]) -> dict[str, str]:
@@ -127,6 +128,15 @@ def _metadata(file: Path) -> dict[str, str]:
         return {}
 
 
+def _told(file: Path, key: str) -> dict[str, Any]:
+    """The mapping in the metadata; none where it is something else."""
+    try:
+        said = parsed(_metadata(file).get(key, "{}"))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(Stage):
     """One run of posfield detect or segment (its kind) for a row, or the sweep of the segmentation."""
@@ -140,6 +150,7 @@ def plan(
     output: Path,
     n_gpus: int = 1,
     sweep_jobs: int | None = None,
+    data_changed: bool = False,
 ) -> list[FineTuning]:
     """The runs of all entries of which there are weights ({name: weights}). They go seed by seed, so that an
     unfinished comparison has every row; a sweep comes with the first seed.
@@ -148,6 +159,7 @@ def plan(
         n_gpus: of a run; of a sweep on this machine, its runs at a time.
         sweep_jobs: for SLURM, of how many jobs a sweep is; None: for this machine, where torchrun starts a
             process for each GPU.
+        data_changed: runs go on over other data than before.
     """
 
     def fine_tuning(entry: Entry, task: str, kind: str, seed: int) -> FineTuning:
@@ -164,7 +176,7 @@ def plan(
         recipe += ["--seed", str(seed)]  # the result depends on it, unlike on the rest
         changed = words_of(getattr(comparison, f"{task}_overrides"))
         rest += [*["--resume"] * (not is_sweep), "--weights", str(of_entry.file), "--output", str(folder)]
-        rest += ["--device", comparison.device]
+        rest += ["--device", comparison.device, *["--data-changed"] * data_changed]
         rest += ["--workers", str(comparison.workers)] * (comparison.workers is not None)
         if is_sweep:
             rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
@@ -197,27 +209,58 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
             raise UserError(f"{key}: there is no {folder}")
 
 
-def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[Result]:
+def check_same_data(
+    runs: Sequence[FineTuning],
+    begin: Sequence[FineTuning],
+    now: Callable[[str], Mapping[str, digest.Values]],
+    data_changed: bool,
+) -> None:
+    """Before anything is begun: all runs of a kind are over the same data, those that are done, too.
+
+    Args:
+        begin: those of the ``runs`` that are to begin or to go on.
+        now: the digest of a kind's data; asked for where a run has left one to compare.
+
+    Raises:
+        UserError: they are not, and that is not wanted.
+    """
+    for kind in sorted({run.kind for run in begin}):
+        files = [
+            (run, file) for run in runs if run.kind == kind for file in run.folder.rglob(digest.FILE_NAME)
+        ]
+        today = now(kind) if files else {}
+        for run, file in files:
+            before = read_mapping(file, "output").get("digest", {})
+            digest.accept(run.name, digest.differences(before, today), "data", data_changed)
+
+
+def results(
+    done: Sequence[FineTuning], weights: Mapping[str, Weights]
+) -> tuple[list[Result], dict[str, str]]:
     """The results of finished runs, under the comparison's names of the methods, and of our own pre-trainings beside
-    the weights: these tell whether they were scaled down."""
-    found = []
+    the weights: these tell whether they were scaled down. And {name of a run: why it cannot be read}."""
+    found, unread = [], {}
     for run in done:
-        result, of_run = read_result(run.folder), weights[name_of(run.entry)]
-        found.append(result.with_changes(method=run.entry.method))
+        of_run = weights[name_of(run.entry)]
         beside = of_run.source.with_name(FILE_NAME)
-        before = read_result(beside) if beside.is_file() else None
+        try:
+            result = read_result(run.folder)
+            before = read_result(beside) if beside.is_file() else None
+        except UserError as error:
+            unread[run.name] = str(error)
+            continue
+        found.append(result.with_changes(method=run.entry.method))
         if before and (before.kind, before.weights_hash) == ("pretrain", of_run.digest):
             # the run may have read a converted file
             found.append(before.with_changes(weights_hash=result.weights_hash))
-    return found
+    return found, unread
 
 
 def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> Table:
     """Of which files the rows of these runs are, and how they were read."""
     lines = []
     for name, entry in {name_of(run.entry): run.entry for run in done}.items():
-        metadata = _metadata(weights[name].file)
-        model_kwargs, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        model_kwargs, told = (_told(weights[name].file, key) for key in ("flags", "provenance"))
         patch = told.get("patch_size_before", model_kwargs.get("patch_size", PROTOCOL_PATCH_PX))
         read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
@@ -229,12 +272,17 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
 
 def write_tables(
     done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str
-) -> str:
+) -> tuple[str, dict[str, str]]:
     """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables beside what was measured, and the files
-    of weights. Returns the first of them."""
-    shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
+    of weights.
+
+    Returns:
+        the first of them, and {name of a run that is not in it: why it cannot be read}.
+    """
+    found, unread = results(done, weights)
+    shown = [*paper_tables(found, tables), *([weights_table(done, weights)] if done else [])]
     texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
     texts["html"] = page(name, {"Results": texts["html"]})
     for suffix, text in texts.items():
         write_text(output / f"{name}.{suffix}", text)
-    return texts["md"]
+    return texts["md"], unread

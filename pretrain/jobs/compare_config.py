@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ def _with_texts(layer: Layer) -> Layer:
     for group, new in OVERRIDES.items():
         if isinstance(values.get(group), Mapping):
             values[group] = {new.get(key, key): text(value) for key, value in flat(values[group]).items()}
-    return Layer(layer.name, values, layer.comments)
+    return replace(layer, values=values)
 
 
 def words_of(settings: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from threading import Lock
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.files import write_text
 from pretrain.jobs.slurm import Queue
 from pretrain.jobs.stage import DONE, FAILED, GRACE_S, LEFT, OTHER, QUEUED, Stage, is_to_begin, locked
 from pretrain.signals import interruptible
@@ -97,7 +98,7 @@ class Runner:
             stage.note("run").unlink(missing_ok=True)
             code = self.launch(stage.command, stage.log, self._until - begun)
             needed = time.monotonic() - begun
-            stage.note("run").write_text(str(REQUEUE_CODE if code is None else code))
+            write_text(stage.note("run"), str(REQUEUE_CODE if code is None else code))
             how = "no time" if code is None else f"exit code {code}"
             print(f"{name} {stage.kind}: {how} after {needed:.0f} s", flush=True)
             if code in (None, REQUEUE_CODE):

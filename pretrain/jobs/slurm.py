@@ -29,6 +29,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, UncompletedJo
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.files import write_text
 from pretrain.jobs.stage import Stage
 from pretrain.results.renamed import as_posfield
 from pretrain.settings import Settings, ours
@@ -255,7 +256,7 @@ class Queue:
     def submit(self, stage: Stage) -> str:
         """Submit a stage and note its number beside its folder, so that it is not submitted twice."""
         numbers = submit(*self.jobs(stage), self.folder)
-        stage.note("job").write_text(numbers[0].partition("_")[0])
+        write_text(stage.note("job"), numbers[0].partition("_")[0])
         return ", ".join(numbers)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from pretrain.cli import REQUEUE_CODE
+from pretrain.files import write_text
 from pretrain.results import renamed
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
@@ -88,8 +89,7 @@ class Stage:
 
     def sign(self) -> None:
         """Note that the folder is this command's."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.note("command").write_text(self._asked)
+        write_text(self.note("command"), self._asked)
 
     @property
     def _signed(self) -> str | None:

@@ -79,3 +79,12 @@ def teacher_entropies(teacher: HeadOutput, center: Tensor, temperature: float) -
     mean = sum_over_ranks(p.mean(0))
     mean = mean / mean.sum()
     return -torch.xlogy(p, p).sum(1).mean(), -torch.xlogy(mean, mean).sum()
+
+
+def effective_rank(rows: Tensor) -> Tensor:
+    """In how many directions rows [M, d] differ: exp of the entropy of the normalized singular values of the centered
+    rows (Roy and Vetterli, 2007). From 1 to min(M, d); rows that are all the same: 1."""
+    with torch.autocast(rows.device.type, enabled=False):
+        values = torch.linalg.svdvals(at_least_float32(rows) - at_least_float32(rows).mean(0))
+        p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+        return torch.special.entr(p).sum().exp()

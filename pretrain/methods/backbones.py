@@ -17,20 +17,22 @@ def new_backbone(
     positions: PositionSettings | None = None,
     mask_tokens: bool = False,
 ) -> ViT:
-    """The network that a config asks for, from scratch or from ``backbone.weights``.
+    """The network that a config asks for, from scratch or from ``backbone.weights``, whose file then decides about
+    LayerScale. With crop-tied positions a learned grid becomes a field (:func:`_read`).
 
     Args:
         positions: none: a learned grid of the size of a global crop.
         mask_tokens: of content and position.
     """
-    backbone = settings.backbone
     if positions is None:
         side, _ = settings.view_settings().grid
         positions = PositionSettings(encoding="standard", grid=side, interpolation="dinov2", augment=False)
+    backbone = settings.backbone
+    own = {} if backbone.weights else {"layerscale": backbone.layer_scale_init or None}
     return _built(
         settings,
-        backbone.weights or None,
-        layerscale=backbone.layer_scale_init or None,
+        _read(settings, positions) if backbone.weights else None,
+        **own,
         drop_path=drop_path,
         pos_encoding=positions.encoding,
         pos_grid=positions.grid,
@@ -42,22 +44,27 @@ def new_backbone(
 def started_backbone(settings: TrainSettings, drop_path: float, positions: PositionSettings) -> ViT:
     """The network of ``backbone.weights``, without mask tokens, its patches of ``backbone.patch_size``.
 
-    Its file decides all else: registers, LayerScale, activation, positions. ``positions.encoding=field``
-    makes crop-tied positions of a learned grid (:mod:`pretrain.weights.adapt`), of ``positions.grid`` samples
-    a side and read as ``positions.interpolation`` says; with ``standard`` they stay what they are, a grid, a
-    field that is read whole, or none.
+    Its file decides all else: registers, LayerScale, activation, positions, unless ``positions.encoding=field`` makes
+    crop-tied ones of a learned grid. With ``standard`` they stay what they are, a grid, a field that is read whole, or
+    none.
 
     Raises:
         UserError: no readable weights, or some that the config contradicts: another width than the name's,
             registers or blocks that the file does not have, a field of positions where it has none.
     """
+    return _built(settings, _read(settings, positions), drop_path=drop_path)
+
+
+def _read(settings: TrainSettings, positions: PositionSettings) -> Checkpoint:
+    """``backbone.weights``. ``positions.encoding=field`` makes a field of a learned grid (:mod:`pretrain.weights.adapt`),
+    of ``positions.grid`` samples a side and read as ``positions.interpolation`` says."""
     checkpoint = read_checkpoint(settings.backbone.weights)
     if positions.encoding == "field":
-        checkpoint = with_position_field(checkpoint, positions.grid, positions.interpolation)
-    return _built(settings, checkpoint, drop_path=drop_path)
+        return with_position_field(checkpoint, positions.grid, positions.interpolation)
+    return checkpoint
 
 
-def _built(settings: TrainSettings, weights: str | Checkpoint | None, **model_kwargs: Any) -> ViT:
+def _built(settings: TrainSettings, weights: Checkpoint | None, **model_kwargs: Any) -> ViT:
     """A backbone of the config's sizes; depth and registers 0: the name's, or the file's, own."""
     for key in ("patch_size", "attention", "depth", "n_registers"):
         if value := getattr(settings.backbone, key):

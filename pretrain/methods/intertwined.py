@@ -9,8 +9,9 @@ holds for the whole: the teacher goes first over all micro-batches, so centers a
 it, and KoLeo looks for neighbors among the [CLS] tokens of all of them.
 """
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from pretrain.backbones.vit import Tokens, ViewGroup
 from pretrain.errors import UserError
 from pretrain.heads import HeadOutput, HeadSettings, ProjectionHead
 from pretrain.losses import (
+    effective_rank,
     image_loss,
     koleo_loss,
     patch_loss,
@@ -40,6 +42,10 @@ from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSe
 from pretrain.views.batch import Batch
 
 KINDS = ("content", "position")
+COLLAPSED, ONE_LINE = (
+    0.02,
+    1.2,
+)  # share of what chance gives, effective rank; below, a run has collapsed (ours)
 # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
 Targets = dict[str, HeadOutput]
 Centers = dict[str, Tensor]  # head -> [1, K]
@@ -237,16 +243,34 @@ class Intertwined(EMATeacher):
 
     @torch.no_grad()
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Prepared) -> dict[str, Tensor]:
-        """Entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
+        """Entropies of the teacher's [CLS] distributions, the spread of its bottleneck and its effective rank.
 
         ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all;
-        ``feature_std`` near 0: all images are one point (1 / sqrt(d) is that of directions at random).
+        ``feature_std`` near 0: all images are one point (1 / sqrt(d) is that of directions at random);
+        ``effective_rank`` near 1: they lie on a line.
         """
         image = prepared.targets[0]["image"]
         rows = image.bottleneck.flatten(0, -2)[:256]
         teacher = HeadOutput(rows, image.prototypes)
         entropy, mean_entropy = teacher_entropies(teacher, prepared.centers["image"], self.temperatures[1])
-        return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "feature_std": rows.std(0).mean()}
+        spread = {"feature_std": rows.std(0).mean(), "effective_rank": effective_rank(rows)}
+        return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, **spread}
+
+    def collapse(self, signs: Mapping[str, float]) -> str:
+        """By :meth:`diagnostics`, against what is reached by chance; the limits are ours."""
+        heads = self.settings.heads
+        most, width = math.log(heads.n_prototypes), heads.bottleneck_dim
+        found = ""
+        if signs["feature_std"] < COLLAPSED * width**-0.5:
+            found = f"all images are one point (feature_std {signs['feature_std']:.1e})"
+        elif signs["effective_rank"] < ONE_LINE:
+            found = f"all images lie on a line (effective_rank {signs['effective_rank']:.2f})"
+        elif signs["teacher_entropy"] > (1 - COLLAPSED) * most:
+            found = f"the teacher tells no images apart (teacher_entropy {signs['teacher_entropy']:.2f} of {most:.2f})"
+        elif signs["mean_entropy"] < COLLAPSED * most:
+            found = f"one prototype takes all images (mean_entropy {signs['mean_entropy']:.2f} of {most:.2f})"
+        way = "lower optim.base_lr, lengthen optim.warmup_epochs, or set losses.centering=sinkhorn_knopp"
+        return found and f"{found}; {way}"
 
 
 def among(neighbors: Sequence[Tensor], own: int, cls: Tensor) -> Tensor:

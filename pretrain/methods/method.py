@@ -6,7 +6,7 @@ steps AdamW; it knows no method by name. A step is :meth:`Method.prepare` of all
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -168,6 +168,11 @@ class Method(nn.Module, ABC):
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Any) -> dict[str, Tensor]:
         """Signs of collapse and the like for the logs, without gradient."""
         return {}
+
+    def collapse(self, signs: Mapping[str, float]) -> str:
+        """What logged :meth:`diagnostics` say is wrong, with the remedy, in a line; nothing: "". The engine tells it
+        where it is said again and again after the warm-up."""
+        return ""
 
 
 class TeacherRunSettings(RunSettings):

@@ -119,7 +119,7 @@ def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) 
     if reference in rows:
         run = next(iter(rows[reference].values())).pretraining
         epochs = "" if run.effective_epochs is None else f", {run.effective_epochs:g} effective epochs"
-        of_run = f"{backbone_label(run.backbone)}{epochs}, {run.protocol.label}."
+        of_run = f"{backbone_label(run.network)}{epochs}, {run.protocol.label}."
         departs = f" It departs in: {run.protocol.changes}." if run.protocol.deviations else ""
         texts.append(f"Pre-training of {reference!r}: {of_run}{departs}")
     return texts + notes.texts()

@@ -76,7 +76,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
                 axes.fill_between(x, low, high, color=curve.color, alpha=0.18, linewidth=0)
         last = max((iteration for curve in curves for iteration in curve.log), default=0)
         axes.set_xlim(0, max(last, 1))
-        axes.set_title(term.replace("$", r"\$"), loc="left", fontsize=10, fontweight="bold")
+        axes.set_title(term, loc="left", fontsize=10, fontweight="bold", parse_math=False)
         axes.set_xlabel("iteration")
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))
         axes.grid(color=_INK, alpha=0.15, linewidth=0.6)

@@ -6,11 +6,12 @@ The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a sc
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.results import tables
 from pretrain.results.published import PublishedDense, published_dense
-from pretrain.results.rows import Measured, alike, ranked
+from pretrain.results.rows import Measured, alike, backbone_label, ranked
 from pretrain.results.schema import Result
 from pretrain.results.tables import DIFFERENCE, Table
 
@@ -28,7 +29,7 @@ METRICS = {
     "clustering_miou": "clustering mIoU",
     "knn_top1": "k-NN top-1",
 }
-MORE_CLUSTERS = re.compile(r"clustering_k(\d+)_miou")
+MORE_CLUSTERS = re.compile(r"clustering_k(\d{1,9})_miou")
 
 
 def dense_table(
@@ -66,8 +67,9 @@ def dense_table(
         found = [row for row in rows if tables.set_of(row) == name]
         groups.append((SETS.get(name, name), [row for row in printed if row.set == name], found))
     gains = functools.partial(_gains, rows=rows, heads=heads, against=against) if against else None
-    alike_in = "in points, where backbone and evaluation are the same."
+    alike_in = "in points, where backbone, patch size, labels and evaluation are the same."
     more = [f"{DIFFERENCE}: mean minus that of {against}, {alike_in}"] * bool(against)
+    more += _reasons(rows, against) if against else []
     title, what = "Dense evaluation without fine-tuning", "configuration or weights"
     texts = _notes(heads, bool(printed))
     return tables.side_by_side(title, groups, heads, ["protocol"], keys, texts, what, gains, more)
@@ -90,16 +92,46 @@ def _gains(
     row: Measured, *, rows: Sequence[Measured], heads: Mapping[str, str], against: str
 ) -> dict[str, float | None]:
     """Differences of the means to those of the method ``against``, in points; None without one to compare."""
-    # The config also says from which kind of file, which may differ.
-    like = (row.run.backbone, row.run.protocol.identity)
-    bases = [base for base in rows if base.run.method == against]
-    bases = [base for base in bases if (base.run.backbone, base.run.protocol.identity) == like]
-    is_compared = len(bases) == 1 and row.run.method != against
+    base = _base(row, rows, against)
     gains: dict[str, float | None] = {}
     for name in heads:
-        after, before = row.score(name), bases[0].score(name) if is_compared else None
+        after, before = row.score(name), base.score(name) if isinstance(base, Measured) else None
         gains[name] = after.mean - before.mean if after and before else None
     return gains
+
+
+def _base(row: Measured, rows: Sequence[Measured], against: str) -> Measured | str:
+    """The row of the method ``against`` that a row is compared with; else why there is none, "" of its own."""
+    if row.run.method == against:
+        return ""
+    bases = [
+        base for base in rows if base.run.method == against and tables.set_of(base) == tables.set_of(row)
+    ]
+    networks = sorted({backbone_label(base.run.network) for base in bases})
+    if backbone_label(row.run.network) not in networks:
+        return f"{against} is {' and '.join(networks)}" if networks else f"{against} is not measured there"
+    # The config also says from which kind of file, which may differ.
+    bases = [base for base in bases if _compared(base.run) == _compared(row.run)]
+    if not bases:
+        return f"{against} was evaluated otherwise"
+    return bases[0] if len(bases) == 1 else f"{len(bases)} rows of {against} are like it"
+
+
+def _compared(run: Result) -> tuple[Any, ...]:
+    """Equal for runs on the same labels by the same evaluation. Sets of one's own may share a name."""
+    return run.network, run.protocol.identity, run.labels, run.metrics.get("images")
+
+
+def _reasons(rows: Sequence[Measured], against: str) -> list[str]:
+    """Which rows have no difference, and why: one note."""
+    whys = [(row, _base(row, rows, against)) for row in rows]
+    told = dict.fromkeys(
+        f"{row.run.method}, {backbone_label(row.run.network)} on {SETS.get(tables.set_of(row), tables.set_of(row))}"
+        f" ({why})"
+        for row, why in whys
+        if why and isinstance(why, str)
+    )
+    return [f"No {DIFFERENCE}: {'; '.join(told)}."] if told else []
 
 
 def _notes(heads: Mapping[str, str], has_published: bool) -> list[str]:

@@ -39,7 +39,7 @@ def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow)
     """
     run = measured.run
     registers = f", {row.registers} registers" if row.registers else ""
-    if backbone_label(run.backbone) not in (row.backbone, row.backbone + registers):
+    if backbone_label(run.network) not in (row.backbone, row.backbone + registers):
         return False
     if pretraining is None:
         return _is_named(run, row)
@@ -90,7 +90,7 @@ def _is_named(run: Result, row: PublishedRow) -> bool:
     own = same_name(run.method, row.method)
     alias = any(same_name(run.method, name) for name in row.names)
     if row.registers and not own:  # another name says nothing of registers: the backbone must
-        alias = alias and backbone_label(run.backbone) != row.backbone
+        alias = alias and backbone_label(run.network) != row.backbone
     if row.effective_epochs is None:
         return (own or alias) and run.effective_epochs is None
     if run.effective_epochs is None:

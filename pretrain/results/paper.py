@@ -113,7 +113,7 @@ class TableRow:
     def alone(cls, measured: Measured) -> "TableRow":
         """A measured row without a published one."""
         run = measured.run
-        about = ("", run.method, backbone_family(run.backbone), run.effective_epochs)
+        about = ("", run.method, backbone_family(run.network), run.effective_epochs)
         return cls(PublishedRow(*about, None, None, None, ""), measured, measured.pretraining)
 
     def scaled(self, score: str) -> tuple[Protocol, ...]:
@@ -228,7 +228,7 @@ def _line(
     cells = [*layout.cells.get(row.method, usual[: len(layout.keys)])]
     if measured is not None and not row.table:
         # The registers, too, which the family in the title does not tell.
-        registers = backbone_label(measured.run.backbone).removeprefix(row.backbone)
+        registers = backbone_label(measured.run.network).removeprefix(row.backbone)
         cells = [f"{row.method}{registers} {MEASURED}", usual[1] + notes.mark(entry.pretraining)]
     scaled = False
     for name in layout.scores:
@@ -279,7 +279,7 @@ def _record(number: str, entry: TableRow) -> dict[str, str]:
     values: dict[str, str] = {}
     if measured is not None:
         run = measured.run
-        fields = tables.method_fields(run.method, run.backbone, run.effective_epochs)
+        fields = tables.method_fields(run.method, run.network, run.effective_epochs)
         values = tables.measured_values(measured, ()) | {f"run_{key}": text for key, text in fields.items()}
         found = {name: score for name in SCORES if (score := measured.score(name)) is not None}
         scaled = {p.identity: p.text for name in found for p in entry.scaled(name)}

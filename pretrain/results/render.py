@@ -2,6 +2,7 @@
 
 import html
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -11,6 +12,17 @@ from pretrain.results.pages import FILTERS, from_template
 from pretrain.results.tables import Table
 
 FORMATS = ("md", "csv", "latex", "html")
+TURNING = (
+    "LRE",
+    "RLE",
+    "LRO",
+    "RLO",
+    "PDF",
+    "LRI",
+    "RLI",
+    "FSI",
+    "PDI",
+)  # Unicode's, of the direction of writing
 
 _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -58,15 +70,27 @@ def render_all(tables: Sequence[Table], format: str) -> str:
     return "\n".join(render(table, format) for table in tables)
 
 
+def _plain_line(text: str) -> str:
+    """On one line; what a terminal acts on, or what turns the direction of writing, becomes "?"."""
+
+    def is_hidden(c: str) -> bool:
+        return unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) in TURNING
+
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join("?" if is_hidden(c) else c for c in line)
+
+
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    text = html.escape(" ".join(text.split()), quote=False)
+    text = html.escape(_plain_line(text), quote=False)
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
 
 
 def latex_text(text: str) -> str:
     """Text that LaTeX sets as it is, on one line."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    text = "".join(_LATEX.get(character, character) for character in _plain_line(text))
+    # Behind \\ or a rule these would be its options
+    return f"{{{text[0]}}}{text[1:]}" if text.startswith(("[", "*")) else text
 
 
 FILTERS |= {"md": markdown_text, "tex": latex_text}

@@ -17,6 +17,7 @@ from pretrain.results.schema import KINDS, Result
 from pretrain.results.tables import NONE, Table, duration_text, epochs_text, memory_text
 
 LAYOUTS = ("list", "paper", "dense")
+MOST_TERMS = 60  # that are drawn of a stage: a panel takes a tenth of a second
 STAGES = {  # of a result, and their heads
     "pretrain": "Pre-training",
     "posttrain": "Post-training",
@@ -56,7 +57,12 @@ def tables_of(
 
 
 def build_report(
-    runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
+    runs: Sequence[Run],
+    title: str = "Results",
+    table: str = "",
+    layout: str = "list",
+    against: str = "",
+    n_left_out: int = 0,
 ) -> str:
     """The page: summary, curves, tables, figures, and what repeats the runs; the same bytes each time.
 
@@ -64,6 +70,7 @@ def build_report(
         runs: in any order: they are sorted by kind, method, backbone and seed.
         table: the published tables to show beside the measured rows: "1", "1,2,7" or "all"; "": 1.
         layout, against: of :func:`tables_of`.
+        n_left_out: runs and files that could not be read, which the page says.
 
     Raises:
         UserError: an unknown table.
@@ -71,7 +78,7 @@ def build_report(
 
     def order(run: Run) -> tuple:
         r = run.result
-        key = (list(STAGES).index(r.stage), r.method, r.backbone, r.protocol.label)
+        key = (list(STAGES).index(r.stage), r.method, r.network, r.protocol.label)
         return *key, r.seed, r.created, r.config_hash
 
     runs = sorted(runs, key=order)
@@ -84,7 +91,7 @@ def build_report(
     overview, hashes = [], []
     for r, name in zip(results, names):
         cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
-        trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label]
+        trained = [backbone_label(r.network), epochs_text(r.effective_epochs), r.protocol.label]
         overview.append([r.kind, name, *trained, *cost])
         commit, _, dirty = (r.git_commit or NONE).partition("+")
         digests = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
@@ -94,7 +101,8 @@ def build_report(
         "report.html",
         title=title,
         runs=list(zip(runs, heads, [_entries(_flat(result.metrics)) for result in results])),
-        dates=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+        dates=" to ".join(dict.fromkeys([*days[:1], *days[-1:]])),
+        n_left_out=n_left_out,
         n_scaled=sum(bool(result.protocol.deviations) for result in results),
         overview=overview,
         times=[[kind, len(each), duration_text(sum(each))] for kind, each in times.items() if each],
@@ -118,8 +126,9 @@ def _distinct(
 
 def _curves(
     runs: Sequence[Run], names: Sequence[str]
-) -> list[tuple[str, list[Curve], list[Markup], list[Markup], bool]]:
-    """By stage: its head, curves, panels of the terms to show and of the others, whether a curve is long."""
+) -> list[tuple[str, list[Curve], list[Markup], list[Markup], bool, int]]:
+    """By stage: its head, curves, panels of the terms to show and of the others, whether a curve is long, how many
+    terms are too many."""
     methods = list(dict.fromkeys(sorted(run.result.method for run in runs)))
     found = []
     for stage, head in STAGES.items():
@@ -130,9 +139,11 @@ def _curves(
                 curves.append(Curve(run.result, name, run.log, *style_of(run.result.method, methods, nth)))
         if curves:
             shown, others = terms_of(curves)
-            panels = [Markup(panel(term, curves, f"{stage}-{i}")) for i, term in enumerate([*shown, *others])]
+            terms = [*shown, *others][:MOST_TERMS]
+            panels = [Markup(panel(term, curves, f"{stage}-{i}")) for i, term in enumerate(terms)]
             is_long = max(len(curve.log) for curve in curves) > MOST_POINTS
-            found.append((head, curves, panels[: len(shown)], panels[len(shown) :], is_long))
+            n_more = len(shown) + len(others) - len(terms)
+            found.append((head, curves, panels[: len(shown)], panels[len(shown) :], is_long, n_more))
     return found
 
 

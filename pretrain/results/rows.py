@@ -74,7 +74,7 @@ class Measured:
     def identity(self) -> tuple:
         """What a reader sees of the row beside its numbers and seeds."""
         protocols = [None if protocol is None else protocol.identity for protocol in self.protocols]
-        return self.run.method, self.run.backbone, self.run.effective_epochs, *protocols
+        return self.run.method, self.run.network, self.run.effective_epochs, *protocols
 
     @property
     def configs(self) -> str:
@@ -148,7 +148,7 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
             before = pretraining.get(r.weights_hash)
             epochs = -1.0 if r.effective_epochs is None else r.effective_epochs
             scaled = before is not None or bool(r.protocol.deviations)
-            key = (backbone_label(r.backbone), r.method, epochs, scaled, before.identity if before else "")
+            key = (backbone_label(r.network), r.method, epochs, scaled, before.identity if before else "")
             together.setdefault(key, []).append(r)
     parts = [part for key in sorted(together) for part in _apart(together[key])]
     return [(runs, pretraining.get(runs[0].weights_hash)) for runs in parts]

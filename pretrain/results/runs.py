@@ -1,19 +1,34 @@
 """A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl, figures/ and captions.json."""
 
-import json
+import io
+import os
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pretrain.errors import UserError
-from pretrain.files import read_json, write_json
+from pretrain import files
+from pretrain.errors import UserError, one_line
 from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
+from pretrain.results.untrusted import (
+    MAX_LINE_BYTES,
+    MAX_LOG_BYTES,
+    MAX_PNG_BYTES,
+    MAX_PNG_PIXELS,
+    is_plain,
+    opened,
+    parsed,
+    read_bytes,
+    read_json,
+)
 
 POINTS = "points"  # in a sweep's folder, the folder of its runs
+MAX_ITERATION = 10**12
+MAX_FIGURES_BYTES = 512 << 20  # of a run
+Read = TypeVar("Read")
 # {iteration: {term: value}}, sorted by iteration
 Log = dict[int, dict[str, float]]
 
@@ -29,31 +44,70 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run left; without metrics.jsonl and probes.jsonl its log is empty."""
+    """All that a run left; without metrics.jsonl and probes.jsonl its log is empty.
+
+    left_out  a line for each file, or number of one, that cannot be shown, and why.
+    """
 
     result: Result
     log: Log
     figures: list[Figure]
+    left_out: tuple[str, ...] = ()
 
 
 def find_results(paths: Iterable[str | Path]) -> list[Path]:
     """The result files under the paths: a `result.json`, its folder, or any folder above; each file once.
 
-    The result of a sweep stands for its runs: those are left out, unless a path leads straight to them.
+    The result of a sweep stands for its runs: those are left out, unless a path leads straight to them. A folder that
+    cannot be read stands for a result, which cannot be read either.
 
     Raises UserError naming the path under which there is none.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
-        files = [file for file in files if not _is_swept(file, path)]
-        if not files:
+        results = sorted(_below(path)) if path.is_dir() else [path]
+        results = [file for file in results if not _is_swept(file, path)]
+        if not results:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
-        for file in files:
-            found.setdefault(file.resolve(), file)
+        for file in results:
+            found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def _below(folder: Path) -> list[Path]:
+    """Whatever is called `result.json` there, also a link to nothing; links to folders are not followed."""
+    found: list[Path] = []
+    for at, folders, names in os.walk(
+        folder, onerror=lambda error: found.append(Path(error.filename) / FILE_NAME)
+    ):
+        if FILE_NAME in folders or FILE_NAME in names:
+            found.append(Path(at) / FILE_NAME)
+    return found
+
+
+def read_all(paths: Iterable[str | Path], read: Callable[[Path], Read]) -> tuple[list[Read], list[str]]:
+    """What is read of the results under the paths, and a line for each that cannot be, with the reason.
+
+    Raises UserError as :func:`find_results`.
+    """
+    found, left = [], []
+    for file in find_results(paths):
+        try:
+            found.append(read(file))
+        except UserError as error:
+            left.append(one_line(error))
+    return found, left
+
+
+def tell_left_out(left: Sequence[str], n_shown: int) -> None:
+    """Where something was left out of tables or a page: name it, and raise a UserError, for the exit code."""
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    if left:
+        shown = f"{n_shown} run{'s' * (n_shown != 1)} are shown"
+        raise UserError(f"{len(left)} left out, named above; {shown}. Mend or remove them, and start again")
 
 
 def _is_swept(file: Path, above: Path) -> bool:
@@ -63,60 +117,97 @@ def _is_swept(file: Path, above: Path) -> bool:
 
 
 def read_run(result_file: Path) -> Run:
-    """The run whose `result.json` is given. Raises UserError for malformed files (see the readers below)."""
-    folder, log = result_file.parent, Log()
+    """The run whose `result.json` is given. Raises UserError where this cannot be read; the rest is left out then."""
+    folder, log, left = result_file.parent, Log(), list[str]()
+    result = read_result(result_file)
     for file in (folder / "metrics.jsonl", folder / "probes.jsonl"):
-        for iteration, terms in (read_log(file) if file.exists() else {}).items():
-            log.setdefault(iteration, {}).update(terms)
-    return Run(read_result(result_file), dict(sorted(log.items())), read_figures(folder / "figures"))
+        try:
+            for iteration, terms in (read_log(file, left) if os.path.lexists(file) else {}).items():
+                log.setdefault(iteration, {}).update(terms)
+        except UserError as error:
+            left.append(str(error))
+    figures = read_figures(folder / "figures", left)
+    return Run(result, dict(sorted(log.items())), figures, tuple(map(one_line, left)))
 
 
-def read_log(path: Path) -> Log:
+def read_log(path: Path, left: list[str]) -> Log:
     """A metrics.jsonl or probes.jsonl: one object a line, with "iteration" and numbers.
 
-    Of lines of the same iteration (a resumed run repeats some) the last one counts; what is not a finite
-    number is no term and is left out. A last line that was cut off, by a kill, is skipped with a warning; any
-    other malformed line is a UserError that names the file and the line.
+    Of lines of the same iteration (a resumed run repeats some) the last one counts; a number that no axis can show is
+    left out, with a line in ``left``. A last line that was cut off, by a kill, is skipped with a
+    warning; any other malformed line is a UserError that names the file and the line.
     """
-    log: Log = {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")  # not splitlines(): the last item is "" exactly when the last line is complete
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                warnings.warn(f"{path}:{number}: the last line is cut off and is skipped", stacklevel=2)
+    log, bad = Log(), list[str]()
+    with opened(path, path.parent, MAX_LOG_BYTES) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if not line.strip():
                 continue
-            raise UserError(f"{path}:{number}: not a JSON object: {line.strip()[:60]!r}") from error
-        iteration = entry.get("iteration") if isinstance(entry, dict) else None
-        if type(iteration) is not int:
-            raise UserError(f"{path}:{number}: no whole number 'iteration' in {line.strip()[:60]!r}")
-        del entry["iteration"]
-        log[iteration] = {k: float(v) for k, v in entry.items() if type(v) in (int, float) and isfinite(v)}
+            shown = repr(line.decode(errors="replace").strip()[:60])
+            try:
+                entry = parsed(line.decode(errors="replace"))
+            except ValueError as error:
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                    warnings.warn(f"{path}:{number}: the last line is cut off and is skipped", stacklevel=2)
+                    break
+                raise UserError(f"{path}:{number}: not a JSON object: {shown}") from error
+            iteration = entry.pop("iteration", None) if isinstance(entry, dict) else None
+            if type(iteration) is not int or abs(iteration) > MAX_ITERATION:
+                raise UserError(f"{path}:{number}: no whole number 'iteration' in {shown}")
+            numbers = {key: value for key, value in entry.items() if type(value) in (int, float)}
+            log[iteration] = {key: float(value) for key, value in numbers.items() if is_plain(value)}
+            bad += [f"{key} in line {number}" for key in numbers if key not in log[iteration]]
+    if bad:
+        left.append(f"{path}: {len(bad)} numbers that no axis can show, the first: {bad[0]}")
     return dict(sorted(log.items()))
 
 
-def read_figures(folder: Path) -> list[Figure]:
+def read_figures(folder: Path, left: list[str]) -> list[Figure]:
     """The PNG files of a folder: first those of captions.json in its order, then the others by name.
 
-    Raises UserError for a captions.json that is malformed or names an absent file, and for a file that is no
-    PNG.
+    What is no picture of a bounded size, a captions.json that is malformed, and an absent file that it names are left
+    out, each with a line in ``left``.
     """
-    captions = _read_captions(folder / "captions.json")
+    captions: dict[str, dict[str, str]] = {}
+    if not folder.resolve().is_relative_to(folder.parent.resolve()):
+        left.append(f"{folder}: is a link out of its run's folder")
+        return []
+    try:
+        captions = _read_captions(folder / "captions.json")
+    except UserError as error:
+        left.append(str(error))
     others = sorted(path.name for path in folder.glob("*.png") if path.name not in captions)
-    figures = []
+    figures, n_bytes = [], 0
     for name in [*captions, *others]:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / 'captions.json'}: names {name!r}, which is not in {folder}")
-        png = (folder / name).read_bytes()
-        if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-            raise UserError(f"{folder / name}: not a PNG file")
+        try:
+            png = read_bytes(folder / name, folder.parent, MAX_PNG_BYTES)
+            _check_png(png, folder / name)
+        except UserError as error:
+            left.append(str(error))
+            continue
+        if (n_bytes := n_bytes + len(png)) > MAX_FIGURES_BYTES:
+            left.append(f"{folder / name}: with it the figures have more than {MAX_FIGURES_BYTES:,} bytes")
+            break
         words = captions.get(name, {"title": Path(name).stem.replace("_", " "), "caption": ""})
         figures.append(Figure(words["title"], words["caption"], png))
     return figures
+
+
+def _check_png(png: bytes, path: Path) -> None:
+    """Raises UserError for a file that is no whole PNG, or whose pixels would fill the memory."""
+    from PIL import Image
+
+    try:
+        # Pillow warns of large ones; ours is the limit
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PNG_PIXELS:
+                raise UserError(
+                    f"{path}: has {image.width} x {image.height} px, more than {MAX_PNG_PIXELS:,}"
+                )
+            image.load()
+    except UserError:
+        raise
+    except Exception as error:  # on damaged bytes the decoder may raise anything
+        raise UserError(f"{path}: not a PNG file ({error})") from error
 
 
 def holds_result(
@@ -147,12 +238,12 @@ def holds_result(
 def add_caption(figure: Path, title: str, caption: str) -> None:
     """Enter a figure into the ``captions.json`` beside it."""
     captions = figure.with_name("captions.json")
-    entries = read_json(captions) if captions.is_file() else {}
-    write_json(captions, entries | {figure.name: {"title": title, "caption": caption}})
+    entries = files.read_json(captions) if captions.is_file() else {}
+    files.write_json(captions, entries | {figure.name: {"title": title, "caption": caption}})
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
-    captions = read_json(path) if path.exists() else {}
+    captions = read_json(path, path.parent.parent) if os.path.lexists(path) else {}
     if not isinstance(captions, dict):
         raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
     for name, words in captions.items():
@@ -171,7 +262,7 @@ def run_names(results: Sequence[Result]) -> list[str]:
     """
     names = [result.method for result in results]
     own = [(r.protocol.label, f"seed {r.seed}", f"config {r.config_hash}") for r in results]
-    backbones = [backbone_label(result.backbone) for result in results]
+    backbones = [backbone_label(result.network) for result in results]
     for parts in (backbones, *zip(*own), [f"run {i}" for i in range(1, len(results) + 1)]):
         full = [(result.kind, name) for result, name in zip(results, names)]
         like = [{part for part, other in zip(parts, full) if other == this} for this in full]

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from pretrain.errors import UserError
-from pretrain.files import read_json, write_text
+from pretrain.files import write_text
 from pretrain.results import renamed
+from pretrain.results.untrusted import LARGEST, is_plain, read_json
 from pretrain.settings import Settings, ours, problem, validated
 
 SCHEMA_VERSION = 1
@@ -31,7 +32,7 @@ FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gr
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
 OF_NUMBERS = ("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib")
 # Not written where empty: older readers do not know them.
-NEW_KEYS = ("loss_terms", "post_training", "labels")
+NEW_KEYS = ("loss_terms", "post_training", "labels", "patch_px")
 
 
 def now() -> str:
@@ -56,7 +57,7 @@ class Protocol(_Record):
 
     what = "protocol: "
     name: str = ours(..., 'the recipe, such as "coco-12ep"')
-    version: int = ours(..., "of the recipe, from 1 on")
+    version: int = ours(..., "of the recipe, from 1 on", ge=1, lt=2**31)
     full: bool = ours(..., "true exactly when `deviations` is empty")
     deviations: dict[str, list[Any]] = ours(..., "{field: [value in the protocol, value in the run]}")
 
@@ -113,6 +114,7 @@ class Result(_Record):
     kind: Kind = ours(..., "what the run did")
     method: str = ours(..., "of the pre-training, as tables show it")
     backbone: str = ours(..., "registry name")
+    patch_px: int | None = ours(None, "side of its patches; null: the one that `backbone` names", ge=1)
     effective_epochs: float | None = ours(
         ...,
         "of the pre-training, in epochs of two crops of 224 px; null: unknown",
@@ -126,7 +128,12 @@ class Result(_Record):
         "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
     )
     labels: str = ours("", "of a set with a label a pixel: how many classes, who names them")
-    seed: int = ours(..., "of this run, not its pre-training's; of a dense evaluation that, unless told")
+    seed: int = ours(
+        ...,
+        "of this run, not its pre-training's; of a dense evaluation that, unless told",
+        gt=-(2**64),
+        lt=2**64,
+    )
     config_hash: str = ours(..., "equal for runs that differ in the seed alone: only these are averaged")
     weights_hash: str | None = ours(
         ..., "of the backbone's file that a pre-training left, or another run read"
@@ -149,12 +156,19 @@ class Result(_Record):
         check(value)
         return value
 
+    @field_validator("patch_px")
+    @classmethod
+    def _unless_named(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return None if re.search(rf"_patch{value}(?!\d)", str(info.data.get("backbone"))) else value
+
     @model_validator(mode="after")
     def _agree(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
         for name, value in self.metrics.items():
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
                 raise ValueError(f"metrics.{name} is {value}, not a percentage")
+            if PERCENT_METRICS.fullmatch(name):
+                _check_seeds(self.metrics, f"{name}_by_seed")
         try:
             is_utc = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset() == timedelta(0)
         except ValueError:
@@ -167,6 +181,12 @@ class Result(_Record):
     def with_changes(self, **changes: Any) -> "Result":
         """The same run with some fields changed; all is checked again."""
         return Result(**{**dict(self), **changes})
+
+    @property
+    def network(self) -> str:
+        """`backbone` with its real patch: the ViT-S/14 that is built as "vit_small_patch16" is none of 16 px."""
+        patch = "" if self.patch_px is None else f"_patch{self.patch_px}"
+        return re.sub(r"_patch\d+", patch, self.backbone) if patch else self.backbone
 
     @property
     def stage(self) -> str:
@@ -241,11 +261,15 @@ def read_result(path: str | Path) -> Result:
     """Read a `result.json`, given the file or its folder.
 
     Raises:
-        UserError: no file, no JSON, a missing or unknown key, a wrong type or value; names file and key.
+        UserError: no plain file in its folder, no JSON, a missing or unknown key, a wrong type or value; names
+            file and key.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    return validated(Result, read_json(path), str(path))
+    content = read_json(path, path.parent)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no mapping, as a {FILE_NAME} is")
+    return validated(Result, content, str(path))
 
 
 _LEFT = object()
@@ -281,12 +305,12 @@ def _plain(value: Any, key: str) -> Any:
     """A deep copy that holds nothing but JSON types; NaN, infinity and foreign types are refused by name."""
     if value is None or isinstance(value, str | bool):
         return value
-    if isinstance(value, Integral):
-        return int(value)
     if isinstance(value, Real):  # NumPy's scalars are registered as these
-        if not math.isfinite(value):
-            raise ValueError(f"{key} is {float(value)}, not a finite number")
-        return float(value)
+        if not is_plain(value):
+            is_finite = isinstance(value, Integral) or math.isfinite(value)
+            told = f"beyond {LARGEST:g}" if is_finite else f"{float(value)}, not a finite number"
+            raise ValueError(f"{key} is {told}")
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, list | tuple):
         return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
@@ -302,6 +326,14 @@ def _check_metrics(metrics: dict[str, Any], key: str) -> None:
             _check_metrics(value, f"{key}.{name}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}.{name} should be a number, not {value!r}")
+
+
+def _check_seeds(metrics: dict[str, Any], name: str) -> None:
+    """Of a sweep: {seed: percentage}, which means and spreads are taken of."""
+    values = metrics.get(name, {})
+    is_named = isinstance(values, dict) and all(seed.removeprefix("-").isdecimal() for seed in values)
+    if not is_named or not all(isinstance(v, int | float) and 0 <= v <= 100 for v in values.values()):
+        raise ValueError(f"metrics.{name} should be a percentage for each seed, not {str(values)[:60]}")
 
 
 def _short(value: Any) -> str:

@@ -113,7 +113,7 @@ def measured_line(
 ) -> Line:
     """The same of a measured one; the note names the config where only this sets it apart from other rows."""
     epochs = epochs_text(row.run.effective_epochs) + notes.mark(row.pretraining)
-    cells = [f"measured {MEASURED}", row.run.method, backbone_label(row.run.backbone), epochs]
+    cells = [f"measured {MEASURED}", row.run.method, backbone_label(row.run.network), epochs]
     for name in scores:
         cells.append(notes.score(row.score(name), row.pretraining, row.protocol(name)))
         if gains is not None:
@@ -147,7 +147,7 @@ def measured_values(row: Measured, scores: Iterable[str], gains: Gains = None) -
     labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
     values = {"source": "measured", "mark": MEASURED + SCALED * bool(scaled), "seeds": row.seeds}
     values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
-    values |= method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
+    values |= method_fields(row.run.method, backbone_label(row.run.network), row.run.effective_epochs)
     values |= {"config": row.configs, "protocol": row.run.protocol.label} | dict(zip(PROTOCOL_FIELDS, labels))
     for name in scores:
         values |= score_values(name, row.score(name))
@@ -268,18 +268,18 @@ def comparison_table(
     printed = rows_of_tables(published_rows() if published is None else list(published), table)
     measured = merge([r for r in results if not is_elsewhere(r)])
     families = dict.fromkeys([row.backbone for row in printed])
-    families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
+    families |= dict.fromkeys(sorted(backbone_family(row.run.network) for row in measured))
     keys = ["source", "mark", "protocol_is_full", *METHOD_FIELDS, *score_keys(SCORES), *PROTOCOL_FIELDS]
     keys += ["deviations", "seeds", "config", "table", "note"]
     parts = []
     for family in families:
-        found = [row for row in measured if backbone_family(row.run.backbone) == family]
+        found = [row for row in measured if backbone_family(row.run.network) == family]
         parts.append(("", [row for row in printed if row.backbone == family], found))
     texts = ["AP and mIoU in percent."]
     texts += ["Published: as printed in the paper, in the table that the note names."] * bool(printed)
     heads = ("detection protocol", "segmentation protocol")
-    found = [{name: row.score(name) for name in SCORES} for row in measured]
-    scores = shown_scores(SCORES, [*(row.scores for row in printed), *found])
+    own = [{name: row.score(name) for name in SCORES} for row in measured]
+    scores = shown_scores(SCORES, [*(row.scores for row in printed), *own])
     return side_by_side("COCO and ADE20K", parts, scores, heads, keys, texts, "configuration")
 
 
@@ -334,7 +334,7 @@ def posttraining_table(results: Sequence[Result]) -> Table | None:
 
 def _training_table(name: str, results: Sequence[Result], stage: str) -> Table | None:
     runs = [result for result in results if result.stage == stage]
-    runs.sort(key=lambda r: (backbone_label(r.backbone), r.method, r.seed, r.created))
+    runs.sort(key=lambda r: (backbone_label(r.network), r.method, r.seed, r.created))
     if not runs:
         return None
     names = {key for run in runs for key, value in run.metrics.items() if not isinstance(value, dict)}
@@ -347,14 +347,14 @@ def _training_table(name: str, results: Sequence[Result], stage: str) -> Table |
     notes, lines, records = FootNotes(), [], []
     for run in runs:
         values: list[Any] = [run.metrics.get(key) for key in metrics]
-        cells = [run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs)]
+        cells = [run.method, backbone_label(run.network), epochs_text(run.effective_epochs)]
         cells += [notes.label(run.protocol), str(run.seed)]
         cells += [NONE if value is None else f"{value:.4g}" for value in values]
         cells += [duration_text(run.wall_time_s), memory_text(run.peak_memory_mib)]
         lines.append(Line("measured", bool(run.protocol.deviations), tuple(cells)))
         about = {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
         exact = {key: "" if value is None else repr(value) for key, value in zip(metrics, values)}
-        fields = method_fields(run.method, run.backbone, run.effective_epochs)
+        fields = method_fields(run.method, run.network, run.effective_epochs)
         records.append(fields | about | {"seed": str(run.seed)} | exact)
     columns = (*ABOUT[1:], "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
     texts = notes.texts(f"Not the full {name.lower()}.")

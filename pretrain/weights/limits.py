@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.errors import UserError, ensure
+from pretrain.errors import UserError, ensure, one_line
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
 # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
@@ -39,8 +39,7 @@ def in_one_line() -> Iterator[None]:
     except UserError as error:
         if (told := str(error)).isprintable():
             raise
-        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
-        raise UserError("".join(escaped)) from error
+        raise UserError(one_line(told)) from error
 
 
 def check_regular(path: Path) -> int:

@@ -2,7 +2,8 @@
 
 posfield segment --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg
 posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
-posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255
+posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255 epochs=100
+posfield segment --resume --output mine                                          (a run that was stopped)
 
 FOLDER holds images/ and masks/, each with train/ and val/, and perhaps classes.txt or labels.yaml: what posfield
 evaluate dense takes (pretrain/data/datasets/folder.py). More words set fields of the protocol, lr=3e-5, or
@@ -22,26 +23,34 @@ from pretrain.cli import add_mask_options, at_least, command, fields_and_kwargs,
 from pretrain.errors import UserError
 from pretrain.log import say
 from seg_plugin.data import DATASETS
-from seg_plugin.run import prepare, train
+from seg_plugin.run import go_on, prepare, train
 from seg_plugin.sweep import run_point, status, sweep
+
+FREE = ("device", "workers", "data_changed")  # may change at resume
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
     parser = fine_tuning_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="the data set")
+    add("--data", type=Path, metavar="DIR", help="the data set")
     dataset = "and its protocol; left out: what DIR looks like, else own"
     add("--dataset", choices=tuple(DATASETS), help=dataset)
     grid = "the whole grid, or its run N alone (an array job); status: what is done"
     add("--sweep", nargs="?", const="all", metavar="N", help=grid)
     jobs = "runs of the sweep at a time, each on a GPU (%(default)s)"
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add("--yes", dest="is_sure", action="store_true", help="the whole protocol, however few the images")
     add_mask_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
         raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
     at_least(options, seed=0, workers=0)
+    if options.data is None and (options.sweep is not None or not options.resume):
+        raise UserError("--data: give the data set; with --resume a run's folder knows it")
+    options.changes = {
+        name: vars(options)[name] for name in FREE if vars(options)[name] != parser.get_default(name)
+    }
     if options.jobs < 1 or (options.jobs > 1 and options.sweep != "all"):
         raise UserError(f"--jobs {options.jobs}: how many runs of a --sweep go on at a time, at least 1")
     return options
@@ -59,8 +68,14 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    if options.data is None:
+        if other := options.weights or options.backbone or options.seed or options.overrides:
+            told = f"{options.output} has its settings; leave out {other}, or give --data and all of them"
+            raise UserError(f"--resume: {told}")
+        say(f"result: {go_on(options.output, **options.changes)}")
+        return
     fields, model_kwargs = fields_and_kwargs(options.overrides)
-    named = ("output", "weights", "backbone", "dataset", "seed", "device", "workers")
+    named = ("output", "weights", "backbone", "dataset", "seed", "device", "workers", "is_sure")
     given: dict[str, Any] = {name: getattr(options, name) for name in named} | fields
     one = prepare(options.data, masks=masks_of(options), model_kwargs=model_kwargs, **given)
     for name in ("lr", "weight_decay") if options.sweep else ():
@@ -70,8 +85,8 @@ def main(arguments: list[str]) -> None:
     if options.sweep == "status":
         print(status(one))
     elif options.sweep is None:
-        say(f"result: {train(one, options.resume)}")
+        say(f"result: {train(one, options.resume, options.data_changed)}")
     elif options.sweep == "all":
         say(f"result: {sweep(one, command_of_a_run(arguments), options.jobs)}")
     else:
-        say(f"result: {run_point(one, int(options.sweep))}")
+        say(f"result: {run_point(one, int(options.sweep), options.data_changed)}")

@@ -15,6 +15,8 @@ Line k of an optional ``classes.txt`` names label k, from 0. An optional ``label
     mask_name: '{stem}_seg.png'
 """
 
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from pretrain.data.datasets.listing import MAP_SUFFIXES, Pairs, by_stem, listed_
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
+from pretrain.files import breaks_line, read_lines
 from pretrain.settings import Settings, build, read_yaml, replaced, setting, split_words
 
 IMAGES = ("images", "img", "JPEGImages")
@@ -38,6 +41,7 @@ LAYOUT = (
 MASK_NAMES = ("{stem}", "{stem}_mask", "{stem}_L")
 CLASSES, LABELS, NUMBERS = "classes.txt", "labels.yaml", "their numbers"
 VOID, NO_CLASS = 255, "void"
+MAX_NAME = 255  # characters of a class's name
 MAX_VALUE, COLOR = 2**16 - 1, 1 << 24  # a color 0xRRGGBB is told from a value by the bit above
 HINT = f"; give --map VALUE=LABEL or --void VALUE, or say what it means in {LABELS}"
 
@@ -236,7 +240,7 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
 
 def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     file = root / LABELS
-    said = build(MaskRule, [read_yaml(file)], str(file)) if file.is_file() else MaskRule()
+    said = build(MaskRule, [read_yaml(file)], str(file)) if os.path.lexists(file) else MaskRule()
     if twice := [v for v in rule.map if v in rule.void]:
         raise UserError(f"{twice[0]} stands in --map and in --void; take it out of one of them")
     pairs = {_value(v, "--void" if rule.void else file): NO_CLASS for v in rule.void or said.void}
@@ -244,6 +248,7 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     pairs |= {_value(v, "--map"): target for v, target in rule.map.items()}
     targets = list(dict.fromkeys(target for target in said.map.values() if target != NO_CLASS))
     by_name = bool(targets) and not all(target.isdecimal() for target in targets)
+    _check_names(said.classes, file)
     names, named_by = said.classes or (tuple(targets) if by_name else ()), LABELS
     if not names:
         names, named_by = _names(root / CLASSES), CLASSES
@@ -287,13 +292,31 @@ def _label(target: str, names: tuple[str, ...], value: int) -> int:
     return label
 
 
+def _check_names(names: tuple[str, ...], file: Path) -> None:
+    """Of ``labels.yaml``, as lines of ``classes.txt`` are checked."""
+    for name, times in Counter(names).items():
+        told = "" if name else "a class has no name"
+        told = f"a class has more than {MAX_NAME} characters" if len(name) > MAX_NAME else told
+        told = "a class has control characters" if any(map(breaks_line, name)) else told
+        if told or times > 1:
+            raise UserError(f"{file}: {told or f'two of its classes are called {name!r}'}")
+
+
 def _names(file: Path) -> tuple[str, ...]:
-    if not file.is_file():
+    if not os.path.lexists(file):
         return ()
     try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines())
+        names = read_lines(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable list of classes ({error})") from error
-    if len(set(names)) < len(names) or not all(names):
-        raise UserError(f"{file} names {len(set(names) - {''})} different classes in {len(names)} lines")
-    return names
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} is no readable list of classes ({told})") from error
+    lines = dict[str, int]()
+    for number, name in enumerate(names, 1):
+        if not name or len(name) > MAX_NAME:
+            told = f"more than {MAX_NAME} characters" if name else "empty"
+            raise UserError(f"{file}: line {number} is {told}; line k names label k, from 0")
+        if lines.setdefault(name, number) != number:
+            raise UserError(
+                f"{file}: the lines {lines[name]} and {number} name one class; give each its own name"
+            )
+    return tuple(names)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.data.datasets.listing import Pairs
 from pretrain.data.datasets.maps import UNKNOWN, nearest, read_map
+from pretrain.data.digest import digest_of
 from pretrain.data.images import in_batches, in_threads, read_picture, spread, square
 from pretrain.errors import UserError
 
@@ -94,11 +95,21 @@ class LabelSet:
             where = Path(self.files[0][1]).parent
             raise UserError(f"no pixel of the {len(self)} {self.part} masks in {where} has a class")
 
+    def digest(self) -> dict[str, Any]:
+        """What tells it from others (:mod:`pretrain.data.digest`): number, names and sizes of images and maps."""
+        images, maps = zip(*self.files)
+        return digest_of(images, maps).values()
+
     @property
     def description(self) -> str:
         """What ``result.json`` says of the labels: how many classes, who names them, what does not count."""
         void = f", not counted: {self.void}" if self.void else ""
         return f"{len(self.classes)} classes, named by {self.named_by}{void}"
+
+    @property
+    def named(self) -> dict[str, str]:
+        """{name in the set's folder: path} of the images."""
+        return {image.removeprefix(self.folder): image for image, _ in self.files}
 
     @property
     def values(self) -> tuple[Any, ...]:

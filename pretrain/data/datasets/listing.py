@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
+from pretrain.files import MAX_LIST_BYTES, read_lines
 
 # Paths of image and label map of each item; as text, 118,287 pairs take half a second
 Pairs = Sequence[tuple[str, str]]
@@ -75,7 +76,9 @@ def paired(
     for there, what, missing in ((images, "label maps", "image"), (maps, "images", "label map")):
         if alone := [stem for stem in wanted if stem not in there]:
             place = os.path.dirname(next(iter(there.values())))
-            raise UserError(f"{len(alone)} {what}{of} have no {missing} in {place}; the first: {alone[0]}")
+            # Any file of this machine may be taken for a list: of one that fits nowhere nothing is repeated.
+            first = "" if listed and len(alone) == len(wanted) else f"; the first: {alone[0]}"
+            raise UserError(f"{len(alone)} {what}{of} have no {missing} in {place}{first}")
     return [(images[stem], maps[stem]) for stem in wanted]
 
 
@@ -88,15 +91,18 @@ def listed_stems(file: Path) -> list[str]:
         UserError: the file cannot be read, names no image, or one twice.
     """
     try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in read_lines(file, MAX_LIST_BYTES)]
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable list of images ({error})") from error
-    names = [words[0].rpartition("/")[2] for words in lines if words and not words[0].startswith("#")]
-    parts = [(name, *os.path.splitext(name)) for name in names]
-    stems = [stem if suffix.lower() in IMAGE_SUFFIXES else name for name, stem, suffix in parts]
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} is no readable list of images ({told})") from error
+    stems = dict[str, int]()
+    for number, words in enumerate(lines, 1):
+        if words and not words[0].startswith("#"):
+            name = words[0].rpartition("/")[2]
+            stem, suffix = os.path.splitext(name)
+            before = stems.setdefault(stem if suffix.lower() in IMAGE_SUFFIXES else name, number)
+            if before != number:
+                raise UserError(f"{file} names one image twice, in the lines {before} and {number}")
     if not stems:
         raise UserError(f"{file} names no image")
-    if len(set(stems)) < len(stems):
-        twice = next(stem for i, stem in enumerate(stems) if stem in stems[:i])
-        raise UserError(f"{file} names {twice} twice")
-    return stems
+    return list(stems)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pretrain.data.broken import SHARE
+from pretrain.data.digest import Digest
 from pretrain.data.sources.files import (
     FileSource,
     folder_source,
@@ -77,6 +78,9 @@ class Source(Protocol):
 
     def read(self, index: int) -> bytes:
         """The encoded image, as in its file; raises :class:`pretrain.data.decode.BrokenImage`."""
+
+    def digest(self) -> Digest:
+        """What tells these images from others; reads none."""
 
 
 def open_source(data: DataSettings) -> Source:

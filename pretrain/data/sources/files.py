@@ -12,11 +12,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
-from pretrain.errors import UserError
+from pretrain.data.digest import Digest, FileSizes, hash_of
+from pretrain.errors import UserError, one_line
+from pretrain.files import MAX_LIST_BYTES, read_plain
 from pretrain.log import log
 
 T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LOOKED_AT = 100  # names of a list, to tell that it is one
 MAX_FILE_BYTES = 2**29  # of one image; a larger file would be read completely before it is refused
 
 
@@ -77,11 +80,14 @@ class Names:
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes()
 
+    def digest(self) -> str:
+        """A hash of the names and their order."""
+        return hash_of(self.text, self.ends.astype("<i8"))
+
 
 def shown(name: bytes) -> str:
     """A name for messages, in one line: invalid UTF-8 and control characters become ``\\x..``."""
-    text = name.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return one_line(name.decode("utf-8", "backslashreplace"))
 
 
 class FileSource:
@@ -97,9 +103,18 @@ class FileSource:
         """The name in the folder or the list."""
         return shown(self.names[index])
 
+    def path(self, index: int) -> bytes:
+        """Of the file."""
+        return os.path.join(self.root, self.names[index])
+
     def read(self, index: int) -> bytes:
         """The file's content; raises BrokenImage."""
-        return read_file(os.path.join(self.root, self.names[index]))
+        return read_file(self.path(index))
+
+    def digest(self) -> Digest:
+        """Of the names as they are listed, and the files' sizes."""
+        sizes = FileSizes(self.path, len(self))
+        return Digest(len(self), self.names.digest(), sizes.wait, sizes.begin)
 
 
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
@@ -176,14 +191,21 @@ def list_source(path: str) -> FileSource:
         UserError: there is no such file; it has no names.
     """
     try:
-        with open(path, "rb") as file:
-            lines = [line.strip() for line in file.read().removeprefix(b"\xef\xbb\xbf").splitlines()]
-    except OSError as error:
-        raise UserError(f"data.root: cannot read the list {path}: {error.strerror}") from error
+        lines = [line.strip() for line in read_plain(path, MAX_LIST_BYTES).splitlines()]
+    except (OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"data.root: cannot read the list {path}: {told}") from error
     names = Names(line for line in lines if line and not line.startswith(b"#"))
     if not len(names):
         raise UserError(f"data.root: no image is named in the list {path}")
-    return FileSource(os.path.dirname(os.path.abspath(path)), names)
+    source = FileSource(os.path.dirname(os.path.abspath(path)), names)
+    # Any file of this machine may be taken for a list: nothing of it is repeated then.
+    first = [names[i] for i in range(min(len(names), LOOKED_AT))]
+    if not any(is_image(name) or os.path.exists(os.path.join(source.root, name)) for name in first):
+        raise UserError(
+            f"data.root: {path} is no list of images: its first {len(first)} names are of no image"
+        )
+    return source
 
 
 def whole_files(root: str, split: str, suffix: str) -> list[Path]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.data.decode import BrokenImage
+from pretrain.data.digest import Digest, hash_of_names
 from pretrain.data.sources.files import Handles, read_file, whole_files
 from pretrain.errors import UserError
 from pretrain.files import read_mapping
@@ -36,10 +37,11 @@ class Rows(ABC):
     Args:
         root: for the message that there is no row, a UserError.
         parts: file, name in messages (``train-00000-of-00002.parquet: row group 3``) and number of rows.
+        sizes: of each part, in bytes.
     """
 
-    def __init__(self, root: str, parts: Sequence[tuple[Path, str, int]]) -> None:
-        self.parts = parts
+    def __init__(self, root: str, parts: Sequence[tuple[Path, str, int]], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, np.array(sizes, np.int64)
         # rows up to and with each part
         self.ends = np.cumsum([n_rows for _, _, n_rows in parts], dtype=np.int64)
         if not self.ends[-1:].any():
@@ -66,6 +68,11 @@ class Rows(ABC):
         except (pa.ArrowException, OSError) as error:
             raise BrokenImage(f"cannot be read: {_reason(error)}") from error
 
+    def digest(self) -> Digest:
+        """Of the parts' names, numbers of rows and sizes: of parquet what the files' ends say."""
+        names = hash_of_names(f"{name}{n_rows}" for _, name, n_rows in self.parts)
+        return Digest(len(self), names, lambda: self.sizes)
+
     @abstractmethod
     def images(self, part: int) -> pa.ChunkedArray:
         """The column of the images in a part."""
@@ -85,18 +92,21 @@ class ParquetSource(Rows):
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
         parts: list[tuple[Path, str, int]] = []
+        in_bytes: list[int] = []
         self.groups: list[int] = []  # row group of each part in its file
         for path in whole_files(root, split, ".parquet"):
             try:
                 with pq.ParquetFile(path) as file:
                     self.column = column = image_column(file.schema_arrow, column, path)
                     groups = range(file.metadata.num_row_groups)
-                    sizes = [file.metadata.row_group(group).num_rows for group in groups]
+                    found = [file.metadata.row_group(group) for group in groups]
+                    sizes = [group.num_rows for group in found]
+                    in_bytes += [group.total_byte_size for group in found]
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"data.root: cannot read {path}: {_reason(error)}") from error
             parts += [(path, f"{path.name}: row group {k}, ", size) for k, size in enumerate(sizes)]
             self.groups += groups
-        super().__init__(root, parts)
+        super().__init__(root, parts, in_bytes)
         self._open: Handles[Any] = Handles(MAX_OPEN)
         self._read: Handles[Any] = Handles(MAX_GROUPS)
 
@@ -141,7 +151,7 @@ class HuggingFaceSource(Rows):
             self.column = column = image_column(table.schema, column, path)
             self.tables.append(table)
             parts.append((path, f"{path.relative_to(root)}: ", table.num_rows))
-        super().__init__(root, parts)
+        super().__init__(root, parts, [path.stat().st_size for path, _, _ in parts])
 
     def images(self, part: int) -> pa.ChunkedArray:
         """The file's, mapped."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
+from pretrain.data.digest import Digest
 from pretrain.data.sources.files import MAX_FILE_BYTES, SUFFIXES, Handles, Names, is_image, shown, whole_files
 from pretrain.errors import UserError
 
@@ -81,6 +82,10 @@ class TarSource:
         if len(data) < size:
             raise BrokenImage("the shard is shorter than it was at the start")
         return data
+
+    def digest(self) -> Digest:
+        """Of the members' names and sizes in the headers."""
+        return Digest(len(self), self.names.digest(), lambda: self.rows[:, 2])
 
 
 def scan_shard(path: Path) -> tuple[list[tuple[bytes, int, int]], list[bytes]]:

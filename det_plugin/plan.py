@@ -1,0 +1,84 @@
+"""How long a fine-tuning on data of one's own should be, and what it is going to do, told before its first step."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from det_plugin.coco.annotations import Data
+from det_plugin.protocol import READING, DetectionProtocol, deviations, protocol, with_overrides
+from det_plugin.run import DetectionRun
+from pretrain import distributed
+from pretrain.errors import UserError
+from pretrain.jobs import start
+from pretrain.log import log
+from pretrain.schedules import iterations
+from pretrain.settings import as_dict
+
+MOST_EPOCHS, EPOCHS = (
+    200,
+    50,
+)  # of a protocol's iterations on other data: more are refused; what is proposed (ours)
+
+
+def schedule(base: DetectionProtocol, max_iters: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a schedule of ``max_iters``: steps, warm-up and evaluations at the same shares of it as in ``base``.
+
+    Args:
+        given: fields that the user set; they stay.
+    """
+    share = max_iters / base.max_iters
+    steps = tuple(sorted({max(1, round(step * share)) for step in base.milestones}))
+    fields: dict[str, Any] = {"max_iters": max_iters, "milestones": steps}
+    fields["warmup_iters"] = round(base.warmup_iters * share)
+    fields["eval_every"] = max(1, round(base.eval_every * share))
+    return {key: value for key, value in fields.items() if key not in given or key == "max_iters"}
+
+
+def whole_schedule(base: DetectionProtocol, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` with the rest of the schedule where ``max_iters`` is given without milestones."""
+    if "max_iters" not in fields or "milestones" in fields:
+        return dict(fields)
+    alone = {"max_iters": fields["max_iters"], "milestones": (), "warmup_iters": 0}
+    return {**fields, **schedule(base, with_overrides(base, alone).max_iters, fields)}
+
+
+def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> None:
+    """Log the plan in one line.
+
+    Raises:
+        UserError: a run that begins would repeat few images for the whole of a protocol made for COCO.
+    """
+    p, n, batch = run.protocol, len(data.train.pictures), run.protocol.batch_size
+    epoch_iters, epochs = math.ceil(n / batch), p.max_iters * batch / n
+    usual = protocol(p.name, run.backbone).max_iters
+    if begins and not run.is_sure and p.max_iters == usual and epochs > MOST_EPOCHS:
+        at_16 = iterations(EPOCHS, n, 16)
+        short = f"epochs={EPOCHS} ({iterations(EPOCHS, n, batch):,} iterations; with batch_size=16 {at_16:,})"
+        told = f"{p.max_iters:,} iterations of {batch} images are {epochs:,.0f} epochs of {n:,} images"
+        raise UserError(f"protocol: {told}; give {short}, or --yes for all of it")
+    ranks = distributed.world_size()
+    parts = f" ({ranks} processes x {run.accumulate} micro-batches x {batch // (ranks * run.accumulate)})"
+    split = parts if ranks * run.accumulate > 1 else ""
+    precision = p.amp_dtype if p.amp and device.type == "cuda" else "float32"
+    kind = "boxes and masks" if p.has_masks else "boxes"
+    log(
+        f"plan: {n:,} images, {len(data.train.class_names)} classes, {kind}; batch {batch}{split}: {epoch_iters:,} iterations an "
+        f"epoch, {epochs:,.3g} epochs, {p.max_iters:,} iterations; evaluated every {p.eval_every:,} on {len(data.val.pictures):,} "
+        f"images; {run.backbone} {run.weights or 'from scratch'} on {device}, {precision}; into {run.output}"
+    )
+    if begins and distributed.is_main():
+        leave_start(run)
+
+
+def leave_start(run: DetectionRun) -> None:
+    """Write down what a run was started with."""
+    whole = as_dict(run.protocol)
+    fields = {key: whole[key] for key in (*deviations(run.protocol, run.backbone), *READING, "num_classes")}
+    names = "backbone", "seed", "device", "workers", "accumulate", "checkpointing", "compile"
+    own = {name: getattr(run, name) for name in names}
+    own |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
+    own |= {"protocol": run.protocol.name, "model_kwargs": dict(run.model_kwargs)}
+    start.leave(run.output, own, fields)

@@ -1,0 +1,543 @@
+"""Labels in the formats of other tools: COCO's json in any layout, Pascal VOC, YOLO."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from formats_fixture import (
+    NAMES,
+    coco,
+    plain,
+    scene,
+    write_image,
+    write_images,
+    write_json,
+    write_text,
+    write_voc,
+    write_yolo,
+    xml_of,
+)
+from PIL import Image
+
+from det_plugin.coco.annotations import read_classes, read_split, read_truth
+from det_plugin.coco.layout import has_one_split, locate, splits
+from det_plugin.coco.metrics import coco_metrics
+from pretrain.errors import UserError
+
+TRAIN, VAL = scene(6), scene(3, first=20)
+BOTH = {"train": TRAIN, "val": VAL}
+YAML = "train: images/train\nval: images/val\nnames: [ant, bee, cat]\n"
+
+
+def same(found, images):
+    """Whether content is that of a scene, sorted by names or in the order given."""
+    return plain(found) == {
+        name: (size, [tuple(each) for each in own]) for name, (size, own) in images.items()
+    }
+
+
+# --- every layout -----------------------------------------------------------------------------------------
+
+
+def roboflow_voc(root):
+    for split, images in (("train", TRAIN), ("valid", VAL)):
+        write_voc(root, {split: images}, split, split, "")
+
+
+def voc_below(root):
+    for split, images in BOTH.items():
+        write_voc(root, {split: images}, f"annotations/{split}", f"images/{split}", "")
+
+
+def nested(write, *inner):
+    return lambda root: write(root.joinpath(*inner))
+
+
+def roboflow_yolo(root):
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: ['ant', 'bee', 'cat']\n"
+    write_yolo(root, {"train": TRAIN, "valid": VAL}, "{}/images", "{}/labels", text)
+
+
+def yolo_lists(root):
+    """Lists with paths of another machine, of this folder, and of the list's."""
+    write_yolo(
+        root,
+        BOTH,
+        yaml="path: /content/mine\ntrain: train.txt\nval: val.txt\nnames: {0: ant, 1: bee, 2: cat}\n",
+    )
+    for split, start in (("train", "/content/mine/images/train/"), ("val", "./images/val/")):
+        write_text(root / f"{split}.txt", "".join(f"{start}{name}\n" for name in BOTH[split]))
+
+
+def darknet(root):
+    """As CVAT exports it: labels beside the images."""
+    write_yolo(root, BOTH, "obj_{}_data", "obj_{}_data")
+    for split, images in BOTH.items():
+        write_text(root / f"{split}.txt", "".join(f"data/obj_{split}_data/{name}\n" for name in images))
+    write_text(root / "obj.names", "ant\nbee\ncat\n")
+    write_text(
+        root / "obj.data",
+        "classes = 3\ntrain = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n",
+    )
+
+
+def absolute_yaml(root):
+    write_yolo(root, BOTH, yaml=f"path: {root}\n{YAML}")
+
+
+def far_yaml(root):
+    write_yolo(root, BOTH, yaml=f"path: ../datasets/mine\n{YAML}")
+
+
+def without_yaml(root):
+    write_yolo(root, BOTH)
+    write_text(root / "classes.txt", "ant\nbee\ncat\n")
+
+
+def coco_between(root):
+    for split, images in BOTH.items():
+        write_images(root / "images" / f"{split}2017", images)
+        write_json(root / f"annotations/instances_{split}2017.json", coco(images))
+
+
+def coco_by_cvat(root):
+    """Its subsets begin with a capital."""
+    for split, name in (("train", "Train"), ("val", "Validation")):
+        write_images(root / "images" / name, BOTH[split])
+        write_json(root / f"annotations/instances_{name}.json", coco(BOTH[split]))
+
+
+def coco_in_folders(root):
+    for split, name in (("train", "train"), ("val", "valid")):
+        write_images(root / name / "data", BOTH[split])
+        write_json(root / name / "labels.json", coco(BOTH[split]))
+
+
+def coco_flat(root):
+    """All images in one folder, and the files say which is whose."""
+    for split, images in BOTH.items():
+        write_images(root / "images", images)
+        write_json(root / f"{split}_set.json", coco(images))
+
+
+LAYOUTS = {
+    "voc": lambda root: write_voc(root, BOTH),
+    "voc in VOCdevkit": nested(lambda root: write_voc(root, BOTH), "VOCdevkit", "VOC2012"),
+    "voc trainval and test": lambda root: write_voc(root, {"trainval": TRAIN, "test": VAL}),
+    "voc lower case": lambda root: write_voc(root, BOTH, "annotations", "images", "imagesets/main"),
+    "voc by roboflow": roboflow_voc,
+    "voc folders below": voc_below,
+    "yolo": lambda root: write_yolo(root, BOTH, yaml=YAML),
+    "yolo names as a mapping": lambda root: write_yolo(
+        root, BOTH, yaml="path: .\n" + YAML.replace("[ant, bee, cat]", "\n  0: ant\n  1: bee\n  2: cat")
+    ),
+    "yolo by roboflow": roboflow_yolo,
+    "yolo lists": yolo_lists,
+    "yolo darknet": darknet,
+    "yolo absolute path": absolute_yaml,
+    "yolo path of another machine": far_yaml,
+    "yolo without a yaml": without_yaml,
+    "coco with images between": coco_between,
+    "coco flat": coco_flat,
+    "coco by cvat": coco_by_cvat,
+    "coco in folders": coco_in_folders,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_same_data(tmp_path, layout):
+    LAYOUTS[layout](tmp_path)
+    assert not has_one_split(tmp_path)
+    for split, images in BOTH.items():
+        files = locate(tmp_path, split)
+        assert files.format == {"voc": "Pascal VOC", "yolo": "YOLO", "coco": "COCO"}[layout.split()[0]]
+        content = files.read()
+        assert same(content, images)
+        assert [each["id"] for each in content["images"]] == list(range(1, len(images) + 1))
+        names = [each["file_name"] for each in content["images"]]
+        assert names == sorted(names) and all((files.images / name).is_file() for name in names)
+        found = read_split(tmp_path, split, num_classes=3, training=False, masks="off")
+        assert found.class_names == NAMES and len(found.pictures) == len(images)
+        assert [found.load(picture).shape for picture in found.pictures] == [
+            (height, width, 3) for (width, height), _ in images.values()
+        ]
+        found.check_headers()
+    assert list(read_classes(tmp_path, "val").values()) == list(NAMES)
+
+
+def cvat(root):
+    write_images(root / "images", TRAIN)
+    write_json(root / "annotations/instances_default.json", coco(TRAIN))
+
+
+def cvat_default(root):
+    write_images(root / "images/default", TRAIN)
+    write_json(root / "annotations/instances_default.json", coco(TRAIN))
+
+
+def label_studio(root, name="images/{}"):
+    write_images(root / "images", TRAIN)
+    write_json(root / "result.json", coco(TRAIN, name))
+
+
+def roboflow_flat(root):
+    write_images(root, TRAIN)
+    write_json(root / "_annotations.coco.json", coco(TRAIN))
+
+
+def coco_train(root):
+    write_images(root / "train", TRAIN)
+    write_json(root / "annotations/train.json", coco(TRAIN))
+
+
+def fiftyone(root):
+    write_images(root / "data", TRAIN)
+    write_json(root / "labels.json", coco(TRAIN))
+
+
+def label_studio_yolo(root):
+    write_yolo(root, {"": TRAIN}, "images", "labels")
+    write_text(root / "classes.txt", "ant\nbee\ncat\n")
+    write_json(root / "notes.json", {"categories": [], "info": {}})
+
+
+def label_img_yolo(root):
+    write_yolo(root, {"": TRAIN}, "", "")
+    write_text(root / "classes.txt", "ant\nbee\ncat\n")
+
+
+ONE = {
+    "coco by cvat": cvat,
+    "coco by cvat, default": cvat_default,
+    "coco by label studio": label_studio,
+    "coco by label studio, windows": partial(label_studio, name="images\\{}"),
+    "coco by label studio, its server": partial(label_studio, name="../../media/upload/1/{}"),
+    "coco with urls": partial(label_studio, name="https://example.org/a/{}"),
+    "coco flat by roboflow": roboflow_flat,
+    "coco by fiftyone": fiftyone,
+    "coco train alone": coco_train,
+    "voc beside images": lambda root: write_voc(root, {"": TRAIN}, "annotations", "images", ""),
+    "voc among images": lambda root: write_voc(root, {"": TRAIN}, "", "", ""),
+    "voc by cvat": lambda root: write_voc(root, {"default": TRAIN}),
+    "yolo by label studio": label_studio_yolo,
+    "yolo by labelimg": label_img_yolo,
+    "yolo val is train": lambda root: write_yolo(root, {"train": TRAIN}, yaml=YAML.replace("images/val", "images/train")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ONE)
+def test_one_split_is_divided_when_asked(tmp_path, layout):
+    ONE[layout](tmp_path)
+    assert has_one_split(tmp_path)
+    (files,) = splits(tmp_path).values()
+    assert same(files.read(), TRAIN)
+    with pytest.raises(UserError, match=r"has one split alone, .*: give --val-share 0\.2"):
+        locate(tmp_path, "val")
+    sides = [locate(tmp_path, side, 0.3).read() for side in ("train", "val")]
+    both = [plain(side) for side in sides]
+    assert both[0] | both[1] == plain(files.read()) and all(both) and both[0].keys().isdisjoint(both[1])
+    assert len(sides[0]["annotations"]) + len(sides[1]["annotations"]) == 10
+
+
+def test_what_holds_nothing_or_too_much_says_so(tmp_path):
+    write_images(tmp_path / "images", TRAIN)
+    with pytest.raises(
+        UserError, match=r"holds no labels that are known, COCO's .json, Pascal VOC's .xml or YOLO's"
+    ):
+        locate(tmp_path, "train")
+    for name in ("one.json", "two.json"):
+        write_json(tmp_path / name, coco(TRAIN))
+    with pytest.raises(
+        UserError, match=r"one\.json and .*two\.json: both are of no split; name one, or a \.yaml"
+    ):
+        locate(tmp_path, "train")
+    assert same(locate(tmp_path / "two.json", "val", 0.99).read(), dict(list(TRAIN.items()))) is False
+    assert locate(tmp_path / "two.json", "train", 0.2).images == tmp_path / "images"
+
+
+# --- Pascal VOC -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_voc(tmp_path / "voc", BOTH)
+
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+def test_voc_pixels_count_from_1_and_a_click_has_no_area(voc):
+    size, objects = TRAIN["photo 000.png"]
+    write_text(
+        voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 0, 0, *size), ("bee", 4, 5, 0, 9)])
+    )
+    content = locate(voc, "train").read()
+    boxes = [each["bbox"] for each in content["annotations"] if each["image_id"] == 1]
+    assert boxes[0] == [0, 0, *size]  # the whole image, as Detectron2 reads it
+    write_text(
+        voc / "Annotations/photo 000.xml", xml_of("a", size, [("ant", 3, 4, 1, 5), ("bee", 9, 9, 2, 1)])
+    )
+    boxes = [each["bbox"] for each in locate(voc, "train").read()["annotations"] if each["image_id"] == 1]
+    assert [min(box[2:]) for box in boxes] == [0, 0]
+    assert len(read_split(voc, "train", num_classes=3, training=True, masks="off").pictures[0].classes) == 2
+    assert len(read_split(voc, "train", num_classes=3, training=False, masks="off").pictures[0].classes) == 2
+
+
+def test_difficult_objects_are_ignored_regions(voc):
+    size, objects = VAL["photo 020.png"]
+    flags = "<difficult>1</difficult>"
+    write_text(voc / "Annotations/photo 020.xml", xml_of("a", size, objects[:1], flags).replace("</annotation>", "")
+               + xml_of("a", size, objects[1:]).split("</size>\n")[1])  # fmt: skip
+    truth = read_truth(locate(voc, "val"), masks="off")
+    assert [each["iscrowd"] for each in truth["annotations"] if each["image_id"] == 1] == [1, 0]
+    found = [
+        {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": each["bbox"], "score": 0.9}
+        for each in truth["annotations"]
+    ]
+    hit, missed = (coco_metrics(locate(voc, "val"), own, masks="off") for own in (found, found[1:]))
+    assert hit["box_ap"] == missed["box_ap"] == pytest.approx(100)  # neither right nor wrong
+    as_objects = coco_metrics(locate(voc, "val"), found[1:], "objects", "off")
+    assert as_objects["box_ap"] < 99
+    split = read_split(voc, "val", num_classes=3, training=False, masks="off")
+    assert len(split.pictures[0].classes) == 1 and "1 of 4 annotations are difficult" in split.notes[0]
+    assert not any("RLE" in note for note in split.notes)
+
+
+BAD_XML = [
+    ("</annotation>", "", r"photo 001\.xml: no element found"),
+    (
+        "<annotation>",
+        '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation>',
+        "no document type",
+    ),
+    ("<name>bee</name>", "", r"photo 001\.xml:4: object 1 has no <name>"),
+    ("<xmin>", "<xmin>x", r"photo 001\.xml:4: object 1 has no <bndbox> of four numbers xmin"),
+    ("<ymax>", "<ymax>1e9", "object 1 has no <bndbox>"),
+    ("<bndbox>", "<difficult>2</difficult><bndbox>", "object 1 has the <difficult> '2', not 0 or 1"),
+]
+
+
+@pytest.mark.parametrize("old, new, message", BAD_XML)
+def test_damaged_xml_is_named(voc, old, new, message):
+    edit(voc / "Annotations/photo 001.xml", old, new)
+    with pytest.raises(UserError, match=f"{message}.*mend or remove it") as error:
+        read_split(voc, "train", num_classes=3, training=True, masks="off")
+    assert "\n" not in str(error.value)
+    read_split(voc, "val", num_classes=3, training=False, masks="off")
+
+
+def test_entities_are_never_expanded_in_any_encoding(voc):
+    nine = "".join(f'<!ENTITY e{k} "{f"&e{k - 1};" * 9 if k else "z"}">' for k in range(12))
+    file = voc / "Annotations/photo 001.xml"
+    for encoding in ("utf-8", "utf-16"):
+        file.write_text(f"<!DOCTYPE a [{nine}]><annotation>&e11;</annotation>", encoding=encoding)
+        with pytest.raises(UserError, match="document type"):
+            locate(voc, "train").read()
+
+
+def test_voc_lists_and_names(voc):
+    file = voc / "ImageSets/Main/train.txt"
+    write_text(file, "# a comment\n\nphoto 001\nJPEGImages/photo 002.png\nphoto 003  -1\n")
+    names = [each["file_name"] for each in locate(voc, "train").read()["images"]]
+    assert names == [f"photo {i:03d}.png" for i in (1, 2, 3)]
+    write_text(file, "photo 001\nphoto 9\n")
+    with pytest.raises(UserError, match=r"train\.txt:2: .*Annotations has no photo 9\.xml"):
+        locate(voc, "train").read()
+
+
+def test_an_xml_without_its_image_is_left_out_and_one_of_another_name_is_found(voc):
+    shutil.rmtree(voc / "ImageSets")
+    (voc / "JPEGImages/photo 001.png").rename(voc / "JPEGImages/renamed.PNG")
+    edit(
+        voc / "Annotations/photo 001.xml",
+        "<filename>photo 001.png",
+        "<filename>C:\\\\pictures\\\\renamed.png",
+    )
+    (voc / "JPEGImages/photo 002.png").unlink()
+    write_image(voc / "JPEGImages/new.png", (8, 8))
+    content = locate(voc, "train", 0.2).content()
+    files = next(iter(splits(voc).values())).content()
+    assert files["faults"] == {
+        "label files without an image": ["photo 002.xml"],
+        "images without a label file": ["new.png"],
+    }
+    assert (
+        "renamed.PNG" in plain(files) and len(files["images"]) == 8 and content["faults"] == files["faults"]
+    )
+
+
+def test_a_size_that_is_not_said_is_the_images(voc):
+    edit(voc / "Annotations/photo 001.xml", "<size><width>64</width>", "<size><width>0</width>")
+    assert same(locate(voc, "train").read(), TRAIN)
+
+
+# --- YOLO -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    return write_yolo(tmp_path / "yolo", BOTH, yaml=YAML)
+
+
+def test_the_same_objects_in_three_formats_are_the_same(tmp_path):
+    write_voc(tmp_path / "voc", BOTH)
+    write_yolo(tmp_path / "boxes", BOTH, yaml=YAML)
+    write_yolo(tmp_path / "polygons", BOTH, yaml=YAML, polygons=True)
+    coco_between(tmp_path / "coco")
+    for split, images in BOTH.items():
+        found = [locate(tmp_path / name, split).read() for name in ("voc", "boxes", "polygons", "coco")]
+        assert all(plain(each) == plain(found[0]) and same(each, images) for each in found)
+        has_mask = [{"segmentation" in each for each in content["annotations"]} for content in found]
+        assert has_mask == [{False}, {False}, {True}, {False}]
+        for each in found[2]["annotations"]:
+            x, y, w, h = each["bbox"]
+            expected = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            np.testing.assert_allclose(each["segmentation"], expected, atol=1e-6)
+        truth = read_truth(locate(tmp_path / "polygons", split))
+        areas = {
+            each["id"]: each["area"]
+            for each in read_truth(locate(tmp_path / "voc", split), masks="off")["annotations"]
+        }
+        assert {each["id"]: each["area"] for each in truth["annotations"]} == areas
+
+
+def test_numbers_of_classes_are_those_of_names(tmp_path):
+    numbers = {"ant": 0, "bee": 7, "cat": 90}
+    text = YAML.replace("[ant, bee, cat]", "{90: cat, 0: ant, 7: bee, 8: 'no'}")
+    write_yolo(tmp_path, BOTH, yaml=text, numbers=numbers)
+    assert same(locate(tmp_path, "train").read(), TRAIN)
+    assert read_classes(tmp_path, "val") == {0: "ant", 7: "bee", 8: "no", 90: "cat"}
+
+
+def test_sizes_are_those_that_are_shown(yolo):
+    file = yolo / "images/train/photo 001.png"
+    with Image.open(file) as image:
+        pixels = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels.save(file, exif=exif)
+    assert same(locate(yolo, "train").read(), TRAIN)
+    read_split(yolo, "train", num_classes=3, training=True, masks="off").check_headers()
+
+
+BAD_LINES = [
+    ("0 0.5 0.5 0.2", r"photo 001\.txt:3: 4 numbers, not class, x, y, width, height, or"),
+    ("0 0.5 0.5 0.2 0.2 0.9", "6 numbers, not class"),
+    ("cat 0.5 0.5 0.2 0.2", "'cat 0.5 0.5 0.2 0.2' is not all numbers"),
+    ("0.5 0.5 0.5 0.2 0.2", "'0.5' is no number of a class"),
+    ("0 120 80 40 30", "is not in shares of the image, from 0 to 1"),
+    ("0 nan 0.5 0.2 0.2", "is not in shares"),
+    ("3 0.5 0.5 0.2 0.2", r"photo 001\.txt:3: class 3 .objects of unknown class."),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES)
+def test_damaged_lines_are_named(yolo, line, message):
+    with open(yolo / "labels/train/photo 001.txt", "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=message) as error:
+        read_split(yolo, "train", num_classes=3, training=True, masks="off")
+    assert "\n" not in str(error.value)
+
+
+BAD_YAML = [
+    ("names: [ant, bee, cat]", "names: 3", "names must be a list of names, or numbers and names"),
+    ("names: [ant, bee, cat]", "names: {a: ant}", "names must be"),
+    ("names: [ant, bee, cat]", "names: [[ant], bee]", "names must be"),
+    (
+        "val: images/val",
+        "val: images/elsewhere",
+        r"data\.yaml: val: 'images/elsewhere' is no folder and no list",
+    ),
+    ("names:", "names: " + "[" * 5000 + "\nnames:", "is no YAML"),
+]
+
+
+@pytest.mark.parametrize("old, new, message", BAD_YAML)
+def test_damaged_descriptions_are_named(yolo, old, new, message):
+    edit(yolo / "data.yaml", old, new)
+    with pytest.raises(UserError, match=message):
+        locate(yolo, "train")
+
+
+def test_without_names_it_says_how_to_give_them(tmp_path):
+    write_yolo(tmp_path, BOTH)
+    with pytest.raises(
+        UserError, match=r"not the names of its classes: give a classes\.txt with a name a line"
+    ):
+        locate(tmp_path, "train")
+
+
+def test_a_list_that_names_no_image_and_labels_that_have_none(tmp_path):
+    yolo_lists(tmp_path)
+    with open(tmp_path / "val.txt", "a") as file:
+        file.write("./images/val/gone.png\n")
+    with pytest.raises(UserError, match=r"val\.txt:4: no image './images/val/gone\.png'"):
+        locate(tmp_path, "val").read()
+    write_text(tmp_path / "labels/train/alone.txt", "0 0.5 0.5 0.1 0.1\n")
+    faults = locate(tmp_path, "train").read()["faults"]
+    assert faults["label files without an image"] == [str(tmp_path / "labels/train/alone.txt")]
+    assert faults["images without a label file"] == ["images/train/photo 005.png"]
+
+
+def test_key_points_are_left_aside(tmp_path):
+    write_yolo(tmp_path, BOTH, yaml=YAML + "kpt_shape: [2, 3]\n")
+    for file in tmp_path.glob("labels/*/*.txt"):
+        file.write_text(file.read_text().replace("\n", " 0.1 0.1 2 0.2 0.2 2\n"))
+    assert same(locate(tmp_path, "train").read(), TRAIN)
+
+
+# --- read once, and small ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [partial(write_yolo, yaml=YAML), write_voc])
+def test_labels_are_read_once_and_again_when_they_change(tmp_path, monkeypatch, write):
+    root = write(tmp_path, BOTH)
+    first = locate(root, "train").read()
+    opened = []
+    text, content = Path.read_text, Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: (opened.append(self), text(self, *a, **k))[1]
+    )
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self), content(self))[1])
+    again = locate(root, "train").read()
+    labels = [file for file in opened if file.parent.name in ("train", "Annotations")]
+    assert again == first and again["annotations"] is not first["annotations"] and len(labels) <= 4
+    file = root / ("labels/train/photo 001.txt" if write is not write_voc else "Annotations/photo 001.xml")
+    changed = file.read_text().replace("0 ", "1 ") if write is not write_voc else xml_of("a", (64, 96), [])
+    file.write_text(changed + "\n")
+    assert locate(root, "train").read() != first
+
+
+# --- boxes that are none ----------------------------------------------------------------------------------
+
+
+def as_corners(box):
+    x, y, w, h = box
+    return [x, y, x + w, y + h]
+
+
+def as_shares(box):
+    return [value / 96 for value in box]
+
+
+@pytest.mark.parametrize("change, message", [
+    (as_corners, "boxes leave their images as x, y, width, height, and none as corners x0, y0, x1, y1; write x, y, x1"),
+    (as_shares, "all 10 boxes are within 0 and 1: shares of the image; write pixels"),
+])  # fmt: skip
+def test_boxes_in_another_form_are_refused(tmp_path, change, message):
+    coco_between(tmp_path)
+    file = tmp_path / "annotations/instances_train2017.json"
+    content = json.loads(file.read_text())
+    for each in content["annotations"]:
+        each["bbox"] = change(each["bbox"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_split(tmp_path, "train", num_classes=3, training=True, masks="off")
+    read_split(tmp_path, "val", num_classes=3, training=True, masks="off")
