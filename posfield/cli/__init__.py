@@ -26,7 +26,7 @@ COMMANDS = {
     "ablation": ("posfield.cli.ablation", "the paper's ablations"),
     "export": (
         "posfield.cli.export",
-        "write a backbone as ONNX, timm, Hugging Face, torchvision, ...; a detector as ONNX",
+        "write a backbone as ONNX, timm, Hugging Face, ...; a detector as ONNX",
     ),
     "table": ("pretrain.cli.table", "result.json of many runs -> a table, beside published results"),
     "report": ("pretrain.cli.report", "result.json of many runs -> one HTML page"),
