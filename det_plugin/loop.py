@@ -62,15 +62,13 @@ def fit(
     end_iter: int,
     best: Best | None = None,
 ) -> dict[str, Any]:
-    """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way.
+    """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way. Returns the last
+    evaluation's metrics.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
         started: ``time.monotonic()`` at the run's start, less its interruptions.
         best: keeps the best weights, of the main process.
-
-    Returns:
-        the last evaluation's metrics.
 
     Raises:
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
@@ -84,7 +82,7 @@ def fit(
     # Interrupted before its evaluation, or at the last one, whose result is due
     lacks = is_due() and (first_it == p.max_iters or not is_logged(run.output, first_it - 1))
     is_behind = terms is not None and distributed.gather_objects(lacks)[0]
-    log = Log(engine, run, device, started, first_it - is_behind) if distributed.is_main() else None
+    log = Log(engine, run, device, started, first_it - is_behind, best) if distributed.is_main() else None
     show = log.evaluated if log else None
     try:
         with StopSignals() as signals:  # up to here a signal simply ends the process
@@ -92,8 +90,6 @@ def fit(
                 metrics = engine.evaluate(show)
                 if log and terms:
                     log.write(first_it - 1, terms, metrics)
-                if best and "box_ap" in metrics:
-                    best.keep(engine.model, metrics["box_ap"], engine.iteration)
             for it in range(first_it, end_iter):
                 (terms, waited_s), metrics = engine.step(), {}
                 stopping = signals.on_any_rank()
@@ -112,8 +108,6 @@ def fit(
                         metrics = engine.evaluate(show)
                     if log:
                         log.write(it, terms, metrics)
-                    if best and "box_ap" in metrics:
-                        best.keep(engine.model, metrics["box_ap"], engine.iteration)
     finally:
         if log:
             log.close()
@@ -124,9 +118,15 @@ class Log:
     """What the main process writes, from iteration ``first_line_it`` on."""
 
     def __init__(
-        self, engine: Engine, run: DetectionRun, device: torch.device, started: float, first_line_it: int
+        self,
+        engine: Engine,
+        run: DetectionRun,
+        device: torch.device,
+        started: float,
+        first_line_it: int,
+        best: Best | None,
     ) -> None:
-        self.engine, self.device, self.started = engine, device, started
+        self.engine, self.device, self.started, self.best = engine, device, started, best
         self.max_iters, self.saved_s = run.protocol.max_iters, time.monotonic()
         checkpoints.clean(run.output)
         self.speed = Speed(run.protocol.batch_size)
@@ -154,8 +154,11 @@ class Log:
         self.line.update(self.engine.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """Write an iteration's lines: losses, lr and an evaluation's headline; speed and peak memory."""
+        """Write an iteration's lines: losses, lr and an evaluation's headline, whose weights may be the best; speed and
+        peak memory."""
         headline = {key: metrics[key] for key in HEADLINE if key in metrics}
+        if self.best and "box_ap" in metrics:
+            self.best.keep(self.engine.model, metrics["box_ap"], self.engine.iteration)
         if self.engine.splits_last and it + 1 == self.max_iters:
             self.metrics.write("metrics", it, terms)
             self.metrics.write("metrics", it + 1, headline)

@@ -54,17 +54,14 @@ def finetune(
     accumulate: int = 1,
     checkpointing: bool = False,
     compile: bool = False,
-    crowds: str = "ignored",
     data_changed: bool = False,
-    val_share: float = 0.0,
     is_sure: bool = False,
     **fields: Any,
 ) -> Path:
     """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
 
     Args:
-        data: root of COCO, or of any set in its, Pascal VOC's or YOLO's format (:mod:`det_plugin.coco.layout`), or a
-            .yaml file.
+        data: root of a set in COCO's, Pascal VOC's or YOLO's format (:mod:`det_plugin.coco.layout`), or a .yaml file.
         output: run folder.
         weights: the backbone's checkpoint; None: random initialization.
         backbone: registry name; a file of ours says it itself.
@@ -73,16 +70,12 @@ def finetune(
         resume: continue from the folder's last checkpoint, if there is one.
         model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
             :class:`det_plugin.run.DetectionRun`.
-        crowds: ``ignored``, or ``objects``: annotations with ``iscrowd`` 1 are objects like others.
-        val_share: of the images, kept for validation where the data have one split alone
-            (:mod:`det_plugin.coco.share`).
-        data_changed: continue though the data are others than before (:mod:`pretrain.data.digest`): the order
-            from here on is that of the new ones, and the result is marked.
+        data_changed: go on though the data are others than before (:mod:`pretrain.data.digest`), which is marked.
         is_sure: a protocol made for COCO may run in full on few images.
-        fields: of the protocol, changed; values may be text. ``epochs``, or ``max_iters`` alone, sets the whole schedule in
-            the protocol's proportions. Where they are not given, the data say the number of
-            classes, and whether there are masks to learn; and on other classes than COCO's number of them,
-            images without objects are negatives (``keep_empty``).
+        fields: of the protocol (``crowds``, ``val_share``, ...), changed; values may be text. ``epochs``, or ``max_iters``
+            alone, sets the whole schedule in the protocol's proportions. What is not given, the data say: the number
+            of classes, whether there are masks to learn; and on other classes than COCO's number of them, images
+            without objects are negatives (``keep_empty``).
 
     Returns:
         path of ``result.json``. A finished run is left as it is.
@@ -97,9 +90,8 @@ def finetune(
         how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
         how |= dict(checkpointing=checkpointing, compile=compile, is_sure=is_sure)
         how["model_kwargs"] = model_kwargs or {}
-        given = {"crowds": crowds, "val_share": val_share}
         name = backbone_name(backbone, None if weights is None else Path(weights))
-        run = settings_of(name, weights, Path(data), Path(output), protocol, fields | given, **how)
+        run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
         lock = run_lock(output, getattr(module, "newest_checkpoint", None))
         with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
