@@ -367,8 +367,12 @@ def test_an_xml_without_its_image_is_left_out_and_one_of_another_name_is_found(v
         "label files without an image": ["photo 002.xml"],
         "images without a label file": ["new.png"],
     }
-    assert (
-        "renamed.PNG" in plain(files) and len(files["images"]) == 8 and content["faults"] == files["faults"]
+    assert "renamed.PNG" in plain(files) and len(files["images"]) == 8
+    assert content["faults"] == files["faults"]
+    notes = read_split(voc, "train", num_classes=3, training=False, masks="off", val_share=0.2).notes
+    assert notes[-2:] == (
+        "1 label files without an image, the first: photo 002.xml",
+        "1 images without a label file, the first: new.png",
     )
 
 

@@ -125,7 +125,10 @@ def test_a_training_from_one_split(tmp_path, layout, capfd):
     ) == SHARE
     assert result.protocol.deviations["val_images"] == [5000, len(split["val"])]
     name = {"voc": "Pascal VOC", "yolo": "YOLO", "coco": "COCO"}[layout]
-    assert f"data: {name}: train " in told and f"({len(split['val'])} images)" in told
+    assert (
+        f"data: {name}: train " in told
+        and f"({len(split['val'])} images), divided by --val-share 0.2" in told
+    )
     again = evaluate(tmp_path / "data", tmp_path / "run", device="cpu", workers=0)
     assert (
         again == {key: value for key, value in result.metrics.items() if key in again} and "box_ap" in again

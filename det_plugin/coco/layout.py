@@ -373,4 +373,6 @@ def in_words(named: Iterable[tuple[str, CocoFiles, int]]) -> str:
     for name, files, n in named:
         formats[files.format] = None
         parts.append(f"{name} {files.annotations} ({n} images)")
+        if files.side == "val":
+            parts.append(f"divided by --val-share {files.val_share:g}")
     return f"{', '.join(formats)}: {', '.join(parts)}"
