@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 from formats_fixture import coco, plain, scene, write_images, write_json, write_voc, write_yolo
+from tool_fixture import ended
 
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.layout import locate
@@ -136,6 +137,8 @@ def test_a_training_from_one_split(tmp_path, layout, capfd):
     assert (
         finetune(tmp_path / "data", tmp_path / "run", **how, resume=True) == path
     )  # it is over: the same settings
+    words = "--run", tmp_path / "run", "--data", tmp_path / "data", "--count", 2, "--device", "cpu"
+    assert ended("analyze detections", *words) == 0 and (tmp_path / "run/figures/val_1.png").is_file()
 
 
 @pytest.mark.parametrize("layout", WRITE)
