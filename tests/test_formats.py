@@ -256,6 +256,9 @@ def test_what_holds_nothing_or_too_much_says_so(tmp_path):
         locate(tmp_path, "train")
     assert same(locate(tmp_path / "two.json", "val", 0.99).read(), dict(list(TRAIN.items()))) is False
     assert locate(tmp_path / "two.json", "train", 0.2).images == tmp_path / "images"
+    write_images(tmp_path / "elsewhere/val2017", VAL)
+    file = write_json(tmp_path / "elsewhere/annotations/instances_val2017.json", coco(VAL))
+    assert locate(file, "train", 0.5).images == tmp_path / "elsewhere/val2017"
 
 
 # --- Pascal VOC -------------------------------------------------------------------------------------------
