@@ -128,7 +128,8 @@ def _of(data: Path, split: str, val_share: float) -> CocoFiles:
         return replace(only, side=split, val_share=val_share)
     if split in found:
         return found[split]
-    raise UserError(f"data: {data} has one split alone, {only.annotations}: {ONE_SPLIT}, or add a split")
+    other = f"one of {_tried(split)}" if only.format == "COCO" else f"a split {split!r}"
+    raise UserError(f"data: {data} has one split alone, {only.annotations}: {ONE_SPLIT}, or add {other}")
 
 
 def _tried(split: str) -> str:
