@@ -278,8 +278,8 @@ def comparison_table(
     texts = ["AP and mIoU in percent."]
     texts += ["Published: as printed in the paper, in the table that the note names."] * bool(printed)
     heads = ("detection protocol", "segmentation protocol")
-    found = [{name: row.score(name) for name in SCORES} for row in measured]
-    scores = shown_scores(SCORES, [*(row.scores for row in printed), *found])
+    values = [{name: row.score(name) for name in SCORES} for row in measured]
+    scores = shown_scores(SCORES, [*(row.scores for row in printed), *values])
     return side_by_side("COCO and ADE20K", parts, scores, heads, keys, texts, "configuration")
 
 
