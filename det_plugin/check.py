@@ -18,8 +18,10 @@ from PIL import Image
 
 from det_plugin.coco.annotations import MOST_CROWDS, Data
 from det_plugin.coco.content import (
+    ALONE,
     HEADER_READERS,
     UNKNOWN,
+    UNLABELED,
     UNREADABLE,
     Content,
     is_image,
@@ -134,6 +136,7 @@ def _tried(data: Path, crowds: str, val_share: float) -> tuple[str, list[str]]:
     finally:
         logging.disable(logging.NOTSET)
     told = [f"{name}: {note}" for name in ("train", "val") for note in getattr(read, name).notes]
+    told = [note for note in told if ALONE not in note and UNLABELED not in note]  # each is odd above
     said = "boxes are learned alone, since no object has a mask" if run.protocol.masks == "off" else ""
     sizes = f"a training takes {len(read.train.pictures)} images, its evaluation {len(read.val.pictures)}"
     return "", [*told, *([said] if said else []), sizes]

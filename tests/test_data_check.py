@@ -255,6 +255,11 @@ def test_faults_of_yolo(tmp_path):
     assert "photo 001.txt:4" in report.refused
 
 
+def test_crowds_may_be_objects(root):
+    as_crowds(root)
+    assert [ended("data check", root, "--crowds", how) for how in ("ignored", "objects")] == [2, 0]
+
+
 def test_boxes_that_are_mostly_wrong_are_warned_of(root):
     of_first(bbox=[1, 1, 6, 6])(root)
     assert not any("box AP" in note for note in check(root).notes)

@@ -256,6 +256,9 @@ def test_what_holds_nothing_or_too_much_says_so(tmp_path):
         locate(tmp_path, "train")
     assert same(locate(tmp_path / "two.json", "val", 0.99).read(), dict(list(TRAIN.items()))) is False
     assert locate(tmp_path / "two.json", "train", 0.2).images == tmp_path / "images"
+    write_images(tmp_path / "elsewhere/val2017", VAL)
+    file = write_json(tmp_path / "elsewhere/annotations/instances_val2017.json", coco(VAL))
+    assert locate(file, "train", 0.5).images == tmp_path / "elsewhere/val2017"
 
 
 # --- Pascal VOC -------------------------------------------------------------------------------------------
@@ -367,8 +370,12 @@ def test_an_xml_without_its_image_is_left_out_and_one_of_another_name_is_found(v
         "label files without an image": ["photo 002.xml"],
         "images without a label file": ["new.png"],
     }
-    assert (
-        "renamed.PNG" in plain(files) and len(files["images"]) == 8 and content["faults"] == files["faults"]
+    assert "renamed.PNG" in plain(files) and len(files["images"]) == 8
+    assert content["faults"] == files["faults"]
+    notes = read_split(voc, "train", num_classes=3, training=False, masks="off", val_share=0.2).notes
+    assert notes[-2:] == (
+        "1 label files without an image, the first: photo 002.xml",
+        "1 images without a label file, the first: new.png",
     )
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 from formats_fixture import coco, plain, scene, write_images, write_json, write_voc, write_yolo
+from tool_fixture import ended
 
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.layout import locate
@@ -125,7 +126,10 @@ def test_a_training_from_one_split(tmp_path, layout, capfd):
     ) == SHARE
     assert result.protocol.deviations["val_images"] == [5000, len(split["val"])]
     name = {"voc": "Pascal VOC", "yolo": "YOLO", "coco": "COCO"}[layout]
-    assert f"data: {name}: train " in told and f"({len(split['val'])} images)" in told
+    assert (
+        f"data: {name}: train " in told
+        and f"({len(split['val'])} images), divided by --val-share 0.2" in told
+    )
     again = evaluate(tmp_path / "data", tmp_path / "run", device="cpu", workers=0)
     assert (
         again == {key: value for key, value in result.metrics.items() if key in again} and "box_ap" in again
@@ -133,6 +137,8 @@ def test_a_training_from_one_split(tmp_path, layout, capfd):
     assert (
         finetune(tmp_path / "data", tmp_path / "run", **how, resume=True) == path
     )  # it is over: the same settings
+    words = "--run", tmp_path / "run", "--data", tmp_path / "data", "--count", 2, "--device", "cpu"
+    assert ended("analyze detections", *words) == 0 and (tmp_path / "run/figures/val_1.png").is_file()
 
 
 @pytest.mark.parametrize("layout", WRITE)

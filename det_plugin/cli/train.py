@@ -1,5 +1,5 @@
-"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format; where no
-object has a mask, with Faster R-CNN.
+"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data (COCO's json, Pascal VOC's xml,
+YOLO's txt); where no object has a mask, with Faster R-CNN.
 
 The protocol, on 8 GPUs or on one (the batch is 64 on both, and the schedule does not change):
 torchrun --nproc-per-node 8 -m posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 2
@@ -8,7 +8,8 @@ posfield detect --weights run/backbone.safetensors --data coco --output det --ac
 To compare backbones at a tenth of the cost (or less, with the backbone frozen: coco10pct-frozen-12ep):
 posfield detect --weights run/backbone.safetensors --data coco --output det --protocol coco10pct-12ep --accumulate 16
 
-Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists the layouts):
+Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists the layouts, posfield data check
+says what is odd in yours; of a set without a split --val-share 0.2 is kept for validation):
 posfield detect --weights run/backbone.safetensors --data export --output det --accumulate 2 batch_size=16 epochs=50
 
 A run that was stopped: posfield detect --resume --output det
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = fine_tuning_parser(__doc__)
     add = parser.add_argument
     add("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
-    add("--data", type=Path, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
+    add("--data", type=Path, metavar="ROOT", help="of a set of any format; or a .yaml or .json file")
     add("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
     told = "iscrowd 1: left out, as COCO does, or taken as objects (%(default)s)"

@@ -256,7 +256,8 @@ def read_split(
         notes = _notes(content, names, crowds)
         class_of = {id: k for k, id in enumerate(names)}
         pictures, more = _pictures(content, class_of, training, masks, keep_empty)
-        notes += more
+        odd = content.get("faults", {}).items()
+        notes += (*more, *(f"{len(of)} {what}, the first: {of[0]}" for what, of in odd))
     except (KeyError, TypeError, AttributeError) as error:
         what = f"an entry is damaged or lacks {error}"
         raise UserError(f"data: {file} is no COCO instances file: {what}") from error

@@ -48,6 +48,7 @@ LAYOUTS = {
 # COCO's own other files; and how many names are tried to find the images
 NO_INSTANCES = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
 TRIED_NAMES, DEEPEST = 20, 3
+LABEL_FOLDERS = ("annotations", "annotation", "labels")
 ONE_SPLIT = "give --val-share 0.2 to keep a fifth of its images for validation"
 
 
@@ -135,7 +136,8 @@ def _of(data: Path, split: str, val_share: float) -> CocoFiles:
         return replace(only, side=split, val_share=val_share)
     if split in found:
         return found[split]
-    raise UserError(f"data: {data} has one split alone, {only.annotations}: {ONE_SPLIT}, or add a split")
+    other = f"one of {_tried(split)}" if only.format == "COCO" else f"a split {split!r}"
+    raise UserError(f"data: {data} has one split alone, {only.annotations}: {ONE_SPLIT}, or add {other}")
 
 
 def _tried(split: str) -> str:
@@ -176,6 +178,7 @@ def splits(data: Path, deep: int = 0) -> dict[str, CocoFiles]:
     if not found:
         what = "COCO's .json, Pascal VOC's .xml or YOLO's .txt files (det_plugin/coco/layout.py lists the layouts)"
         told = f"tried {', '.join(_tried(split) for split in LAYOUTS)} (a .yaml file may name others)"
+        told += "; posfield segment learns from masks that are images"
         raise UserError(f"data: {data} holds no labels that are known, {what}; {told}")
     return found
 
@@ -213,7 +216,7 @@ def _laid_out(root: Path) -> dict[str, CocoFiles]:
 
 def _json_files(root: Path) -> list[Path]:
     """In the folder, in one of annotations, and in folders of splits."""
-    places = [root, *(at for name in ("annotations", "annotation", "labels") if (at := root / name).is_dir())]
+    places = [root, *(at for name in LABEL_FOLDERS if (at := root / name).is_dir())]
     files = [file for at in [*places, *split_folders(root).values()] for file in sorted(at.glob("*.json"))]
     return [file for file in files if not file.name.startswith(NO_INSTANCES)]
 
@@ -235,12 +238,17 @@ def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles
                 raise UserError(
                     f"data: {found[split].annotations} and {file}: {told}; name one, or a .yaml file with both"
                 )
-            found[split] = _with_images(file, root or file.parent, split, None)
+            found[split] = _with_images(file, root or _root_of(file), split, None)
     if len(found) > 1:
         found.pop("all", None)
     if len(found) == 1 and root is not None:
         return {"all": next(iter(found.values()))} if "test" in found or "val" in found else found
     return found
+
+
+def _root_of(file: Path) -> Path:
+    """The set's folder, of a file that is given alone."""
+    return file.parent.parent if file.parent.name in LABEL_FOLDERS else file.parent
 
 
 def _split_of(file: Path, root: Path | None) -> str:
@@ -381,4 +389,6 @@ def in_words(named: Iterable[tuple[str, CocoFiles, int]]) -> str:
     for name, files, n in named:
         formats[files.format] = None
         parts.append(f"{name} {files.annotations} ({n} images)")
+        if files.side == "val":
+            parts.append(f"divided by --val-share {files.val_share:g}")
     return f"{', '.join(formats)}: {', '.join(parts)}"

@@ -285,7 +285,7 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
     paths, absent = dict[str, None](), list[str]()
     for entry in entries:
         if entry.is_dir():
-            paths |= dict.fromkeys(_images_below(str(entry)))
+            paths |= dict.fromkeys(f"{entry}/{name}" for name in listed(entry) if is_image(name))
         else:
             resolved = dict[str, str]()
             for number, line in enumerate(entry.read_text("utf-8", "replace").splitlines(), 1):
@@ -309,13 +309,6 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
         base, inside = places[folder]
         found[inside + name] = (labels.files(folder).get(name, (0, 0)), *labels.label(folder, name, base))
     return Part(entries[0], Path(images), dict(sorted(found.items())), absent)
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    """Paths of all images in a folder and below."""
-    for at, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(at, name) for name in sorted(names) if is_image(name) and name[0] != ".")
 
 
 def _listed_image(line: str, bases: Sequence[Path], resolved: dict[str, str]) -> str:
