@@ -23,6 +23,10 @@ COMMANDS = {
     "analyze detections": ("det_plugin.cli.figures", "draw what a detector finds in its validation images"),
     "analyze segmentations": ("seg_plugin.cli.figures", "draw what a segmenter predicts"),
     "compare": ("posfield.cli.compare", "fine-tune many backbones alike, on one machine or a cluster"),
+    "worth": (
+        "posfield.cli.worth",
+        "does pre-training on my photographs pay? starts over shares of my labels",
+    ),
     "ablation": ("posfield.cli.ablation", "the paper's ablations"),
     "export": (
         "posfield.cli.export",
