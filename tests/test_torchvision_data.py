@@ -112,7 +112,7 @@ BROKEN = [
         lambda root: (root / "train2017" / "000000000002.png").unlink(),
         "000000000002.png, which .*train2017 does not hold",
     ),
-    (lambda root: (root / "train2017").rename(root / "elsewhere"), "no folder .*train2017"),
+    (lambda root: (root / "train2017").rename(root.parent / "elsewhere"), "no folder .*train2017"),
 ]
 
 
