@@ -17,10 +17,12 @@ from pretrain.config import load_config
 from pretrain.data.sources import open_source
 from pretrain.errors import UserError
 from pretrain.losses import effective_rank
+from pretrain.methods.backbones import new_backbone
 from pretrain.methods.intertwined import Intertwined
 from pretrain.results.schema import read_result
 from pretrain.train import train
 from pretrain.trainer import Length
+from pretrain.weights import save_backbone
 
 SMALL = ["heads.n_prototypes=24", "heads.hidden_dim=16", "heads.bottleneck_dim=8", "data.workers=0"]
 SMALL += ["optim.batch_size=3", "crops.n_local=2", "log.every=1", "log.tensorboard=false", "run.device=cpu"]
@@ -76,6 +78,17 @@ def test_public_weights_are_one_option(tmp_path, photos, capsys):
     with pytest.warns(UserWarning):
         main(["--resume", "--output", str(output)])
     assert "going on from" in capsys.readouterr().err and read_result(output).method == "own images"
+
+
+def test_a_field_of_another_size_is_taken_as_it_is(tmp_path, photos):
+    vit = build_backbone(NAME, depth=2, pos_encoding="field", pos_grid=9)
+    path = save_backbone(
+        tmp_path / "ours.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
+    config = load_config("own-images", last([*TINY, f"backbone.weights={path}", "positions.grid=50"]))
+    started = new_backbone(config, 0.0, config.positions, mask_tokens=True)
+    assert started.model_kwargs["pos_grid"] == 9
+    assert all(torch.equal(started.state_dict()[key], value) for key, value in vit.state_dict().items())
 
 
 def test_from_scratch_says_what_speaks_against_it(tmp_path, photos):

@@ -18,7 +18,7 @@ def new_backbone(
     mask_tokens: bool = False,
 ) -> ViT:
     """The network that a config asks for, from scratch or from ``backbone.weights``, whose file then decides about
-    LayerScale. With crop-tied positions a learned grid becomes a field (:func:`_read`).
+    LayerScale. With crop-tied positions its field is taken as it is, and a learned grid becomes one (:func:`_read`).
 
     Args:
         positions: none: a learned grid of the size of a global crop.
@@ -27,18 +27,12 @@ def new_backbone(
     if positions is None:
         side, _ = settings.view_settings().grid
         positions = PositionSettings(encoding="standard", grid=side, interpolation="dinov2", augment=False)
-    backbone = settings.backbone
-    own = {} if backbone.weights else {"layerscale": backbone.layer_scale_init or None}
-    return _built(
-        settings,
-        _read(settings, positions) if backbone.weights else None,
-        **own,
-        drop_path=drop_path,
-        pos_encoding=positions.encoding,
-        pos_grid=positions.grid,
-        pos_interpolation=positions.interpolation,
-        mask_tokens=mask_tokens,
-    )
+    how = dict[str, Any](drop_path=drop_path, mask_tokens=mask_tokens, pos_encoding=positions.encoding)
+    grid = {"pos_grid": positions.grid, "pos_interpolation": positions.interpolation}
+    if not settings.backbone.weights:
+        return _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
+    own = {} if positions.encoding == "field" else grid  # a field of the file's stays as it is
+    return _built(settings, _read(settings, positions), **how, **own)
 
 
 def started_backbone(settings: TrainSettings, drop_path: float, positions: PositionSettings) -> ViT:
