@@ -1,6 +1,7 @@
 """Threads fixed, so that sums are added in one order; the small data sets that several files start from."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job ignores Ctrl-C, and its children do
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

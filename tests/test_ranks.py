@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,13 +78,18 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
 
 
-def listening():
-    """{port: addresses, as the system writes them} of all sockets that listen."""
-    found = {}
+def listening(group):
+    """{port: addresses, as the system writes them} of the sockets that processes of a group listen on."""
+    held, found = set(), {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if os.getpgid(int(folder.name)) == group:
+                held |= {os.readlink(link) for link in (folder / "fd").iterdir()}
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(path).read_text().splitlines()[1:]:
-            (address, port), state = line.split()[1].split(":"), line.split()[3]
-            if state == "0A":
+            words = line.split()
+            (address, port), state, inode = words[1].split(":"), words[3], words[9]
+            if state == "0A" and f"socket:[{inode}]" in held:
                 found.setdefault(int(port, 16), []).append(address)
     return found
 
@@ -106,10 +112,10 @@ def test_ranks_of_one_machine_meet_on_the_loopback(tmp_path, how):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
-    before = listening()
-    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE) as process:
+    how = dict(env=environment, stdin=subprocess.PIPE, start_new_session=True)
+    with subprocess.Popen(words, **how) as process:
         until((tmp_path / "port").exists, 60, "the ranks")
-        now = {port: where for port, where in listening().items() if port not in before}
+        now = listening(process.pid)
         process.communicate(b"end")
     port = int((tmp_path / "port").read_text())
     assert now[port] == ["0100007F"] and not {"0" * 8, "0" * 32} & {

@@ -182,7 +182,8 @@ def test_lists_in_any_encoding(tmp_path):
 
 def test_a_line_break_in_a_folders_name_breaks_no_error(tmp_path, capsys):
     for part in ("train", "val"):
-        write_photos(tmp_path / "set" / part / "a\nb\x1b[2J", n=2, size=(40, 30))
+        for kind in ("a\nb\x1b[2J", "other"):
+            write_photos(tmp_path / "set" / part / kind, n=2, size=(40, 30))
     (tmp_path / "set" / "val" / "a\nb\x1b[2J" / "000.jpg").write_bytes(b"no")
     weights = write_start(tmp_path / "w.safetensors", depth=1)
     words = [
