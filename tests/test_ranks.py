@@ -78,13 +78,15 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
 
 
-def listening(group):
-    """{port: addresses, as the system writes them} of the sockets that processes of a group listen on."""
-    held, found = set(), {}
-    for folder in Path("/proc").glob("[0-9]*"):
+def listening(pid):
+    """{port: addresses, as the system writes them} of the sockets that a process and its children listen on."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    parents, family, held, found = dict(zip(table[::2], table[1::2])), {str(pid)}, set(), {}
+    for _ in range(5):  # generations
+        family |= {child for child, parent in parents.items() if parent in family}
+    for each in family:
         with suppress(OSError):  # it has ended meanwhile
-            if os.getpgid(int(folder.name)) == group:
-                held |= {os.readlink(link) for link in (folder / "fd").iterdir()}
+            held |= {os.readlink(link) for link in Path("/proc", each, "fd").iterdir()}
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(path).read_text().splitlines()[1:]:
             words = line.split()
@@ -112,8 +114,7 @@ def test_ranks_of_one_machine_meet_on_the_loopback(tmp_path, how):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
-    how = dict(env=environment, stdin=subprocess.PIPE, start_new_session=True)
-    with subprocess.Popen(words, **how) as process:
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE) as process:
         until((tmp_path / "port").exists, 60, "the ranks")
         now = listening(process.pid)
         process.communicate(b"end")

@@ -38,7 +38,8 @@ from det_plugin.coco.content import (
     upright_sizes,
 )
 from pretrain.errors import UserError
-from pretrain.settings import shown
+from pretrain.files import read_plain
+from pretrain.settings import MAX_YAML_BYTES, shown, without_content
 
 NAME_FILES = (
     "classes.txt",
@@ -49,7 +50,6 @@ NAME_FILES = (
     "names.txt",
 )
 SPLITS = {split: (*names, "dev") if split == "val" else names for split, names in SPLIT_NAMES.items()}
-MAX_YAML_BYTES = 2**22
 FARTHEST = 2.0  # of a coordinate from the image, in its widths: beyond are pixels, or damage
 
 
@@ -104,11 +104,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, is too large, too deep, or no YAML; names it.
     """
     try:
-        if file.stat().st_size > MAX_YAML_BYTES:
-            raise ValueError(f"it should have at most {MAX_YAML_BYTES} bytes")
-        told = yaml.load(file.read_bytes(), yaml.BaseLoader)
+        told = yaml.load(read_plain(file, MAX_YAML_BYTES), yaml.BaseLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"data: {file} is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"data: {file} is no YAML ({without_content(error)})") from error
     return told if isinstance(told, dict) else {}
 
 
