@@ -12,7 +12,7 @@ from pretrain.checkpoints import newest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a rank's own images, for people: other ranks would log other numbers.
-OF_A_RANK = {"feature_std", "teacher_entropy", "mean_entropy", "grad_norm", "overlaps"}
+OF_A_RANK = {"feature_std", "effective_rank", "teacher_entropy", "mean_entropy", "grad_norm", "overlaps"}
 
 
 def torchrun(n_ranks, script, *words, options=(), code=0):

@@ -181,7 +181,7 @@ def test_positions_that_are_not_there_have_no_grid():
         ),
         (
             dict(pos_encoding="none"),
-            r"b\.safetensors was made with pos_encoding='none', but pos_encoding='field' is asked for",
+            r"b\.safetensors has no absolute positions of which positions\.encoding=field could make a field",
         ),
     ],
     ids=["no-cls", "no-positions"],
