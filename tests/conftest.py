@@ -24,6 +24,25 @@ def pytest_configure(config):
         importlib.import_module("yapf")
 
 
+# The files that take longest: begun last, they would keep one process at work while the others are done
+LONGEST = (
+    "wheel",
+    "export_detector",
+    "detectron2_runs",
+    "torchvision_run",
+    "soak",
+    "worth",
+    "seg_stock",
+    "detectron2_resume",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture
 def all_cores():
     """Two threads, for what takes minutes."""
