@@ -26,7 +26,7 @@ class Best:
         self.file = folder / FILE
         if begins:
             self.file.unlink(missing_ok=True)
-        self.box_ap = float(told(self.file)["box_ap"]) if self.file.is_file() else -1.0
+        self.box_ap = float(metadata_of(self.file)["box_ap"]) if self.file.is_file() else -1.0
 
     def keep(self, model: nn.Module, box_ap: float, iteration: int) -> None:
         """Write the weights if they are better.
@@ -45,7 +45,7 @@ class Best:
             write_safetensors(partial, save(tensors, metadata))
 
 
-def told(file: Path) -> dict[str, str]:
+def metadata_of(file: Path) -> dict[str, str]:
     """``iteration`` and ``box_ap`` of the best weights.
 
     Raises:
@@ -74,7 +74,7 @@ def load(folder: Path, model: nn.Module, which: str) -> None:
         return
     if not file.is_file():
         raise UserError(f"{folder} has no {FILE}: it kept the last weights alone; take these")
-    metadata = told(file)
+    metadata = metadata_of(file)
     try:
         model.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:

@@ -15,13 +15,11 @@ from det_plugin.best import Best
 from det_plugin.run import DetectionRun
 from pretrain import checkpoints, distributed
 from pretrain.errors import Interrupted, UserError
-from pretrain.log import ProgressLine, in_words
-from pretrain.log import log as tell
+from pretrain.log import ProgressLine, log
 from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
 
 SAVE_PERIOD_S = 900  # the most that a killed process loses
-ESTIMATE_AT = 10  # iterations of a process
 HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, into the log
 Show = Callable[[float, float], None]  # called with the share that is done, and the seconds left
 
@@ -142,9 +140,8 @@ class Log:
         """After an iteration: update speed and progress."""
         self.speed.tick(waited_s)
         done, speed = self.engine.iteration, self.speed
-        if speed.done == ESTIMATE_AT:
-            left = in_words(speed.eta_s(self.max_iters - done))
-            tell(f"estimate: {left} left without evaluations, at {speed.img_per_s:.1f} img/s")
+        if estimate := speed.estimate(self.max_iters - done, " without evaluations"):
+            log(estimate)
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         note += f"  {peak_memory_gb(self.device):.1f} GB"
         self.line.update(done, note, speed.eta_s(self.max_iters - done))

@@ -1,7 +1,6 @@
 """How long a fine-tuning on data of one's own should be, and what it is going to do, told before its first step."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +16,8 @@ from pretrain.log import log
 from pretrain.schedules import iterations
 from pretrain.settings import as_dict
 
-MOST_EPOCHS, EPOCHS = (
-    200,
-    50,
-)  # of a protocol's iterations on other data: more are refused; what is proposed (ours)
+# Of a protocol's iterations on other data: more are refused; what is proposed (ours)
+MOST_EPOCHS, EPOCHS = 200, 50
 
 
 def schedule(base: DetectionProtocol, max_iters: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +75,4 @@ def leave_start(run: DetectionRun) -> None:
     whole = as_dict(run.protocol)
     fields = {key: whole[key] for key in (*deviations(run.protocol, run.backbone), *READING, "num_classes")}
     names = "backbone", "seed", "device", "workers", "accumulate", "checkpointing", "compile"
-    own = {name: getattr(run, name) for name in names}
-    own |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
-    own |= {"protocol": run.protocol.name, "model_kwargs": dict(run.model_kwargs)}
-    start.leave(run.output, own, fields)
+    start.leave(run, names, fields, protocol=run.protocol.name)

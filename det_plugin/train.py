@@ -14,7 +14,7 @@ from det_plugin.coco.layout import has_one_split
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
-from pretrain.errors import UserError, enough
+from pretrain.errors import UserError, explained_shortage
 from pretrain.jobs import start
 from pretrain.log import say
 from pretrain.run_lock import run_lock
@@ -94,7 +94,7 @@ def finetune(
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
         lock = run_lock(output, getattr(module, "newest_checkpoint", None))
-        with lock, enough(more, f"give --workers below {workers} and go on with --resume"):
+        with lock, explained_shortage(more, f"give --workers below {workers} and go on with --resume"):
             return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
     finally:
         distributed.stop()

@@ -68,7 +68,7 @@ RAN_OUT = (
 
 
 @contextmanager
-def enough(memory: str, workers: str = "fewer --workers") -> Iterator[None]:
+def explained_shortage(memory: str, workers: str = "fewer --workers") -> Iterator[None]:
     """Inside, an error that says that memory, shared memory or open files ran out becomes a UserError of one line.
 
     Args:

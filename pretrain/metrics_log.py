@@ -23,10 +23,12 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.files import replacing, write_text, writing
+from pretrain.log import in_words
 from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
 TENSORBOARD = "tensorboard"
+ESTIMATE_AT = 10  # iterations of a process after which the time left is told
 WINDOW_ITERS = 50  # iterations that the speed is a mean over
 WARM_ITERS = (
     5  # a process's first iterations (kernels are chosen, workers start): forgotten once they are over
@@ -246,6 +248,16 @@ class Speed:
         """Share of the time spent waiting for data."""
         seconds, waited = self._rates()
         return waited / seconds if seconds > 0 else 0.0
+
+    def estimate(self, left_iters: int, of: str = "") -> str:
+        """After the tenth iteration of a process, a line that says how long the rest takes; else nothing.
+
+        Args:
+            of: what the time is of, where it is not all.
+        """
+        if self.done != ESTIMATE_AT:
+            return ""
+        return f"estimate: {in_words(self.eta_s(left_iters))} left{of}, at {self.img_per_s:.1f} img/s"
 
     def eta_s(self, left_iters: int) -> float:
         """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far."""

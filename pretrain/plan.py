@@ -26,7 +26,6 @@ WARM_UP_SHARE = 0.1  # of the epochs (Table 6); new prototypes wait for half as 
 LOOKED_AT = 256  # images whose bytes are compared: a second on a slow disk
 MOST_COPIES = 0.05  # share of these that may be copies of others
 FEW = 0.1  # a share of SEEN_FROM_SCRATCH from which on a run from scratch is not warned of
-ESTIMATE_AT = 10  # iterations of a process
 MEMORY_SHARE = 0.9  # of a GPU's memory that a fitted step may take: batches differ a little
 
 
@@ -85,7 +84,7 @@ def fits(config: TrainSettings, dataset: ViewsDataset, device: torch.device) -> 
     return torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * total
 
 
-def told(config: TrainSettings, length: Length, n_images: int, device: torch.device) -> str:
+def in_words(config: TrainSettings, length: Length, n_images: int, device: torch.device) -> str:
     """The plan in one line."""
     optim, parts = config.optim, config.step.accumulate
     ranks = distributed.world_size()

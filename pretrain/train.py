@@ -18,10 +18,10 @@ from pretrain.data import digest
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
-from pretrain.errors import Interrupted, UserError, enough
+from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.evaluation.probes import Probes
 from pretrain.files import write_text
-from pretrain.log import ProgressLine, in_words, log
+from pretrain.log import ProgressLine, log
 from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
@@ -64,7 +64,7 @@ def train(
     n = 2 * config.step.accumulate
     more = f"set step.accumulate={n}, or step.checkpointing=full, and go on with --resume"
     fewer = f"set data.workers below {config.data.workers} and go on with --resume"
-    with run_lock(config.run.output), calm, enough(more, fewer):
+    with run_lock(config.run.output), calm, explained_shortage(more, fewer):
         distributed.start(device.type)
         check_seen(config.run.output)
         dataset = build_dataset(config)
@@ -78,7 +78,7 @@ def train(
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
             log(f"{folder} is finished ({read_result(folder).created})")
             return folder
-        log(plan.told(config, trainer.length, len(dataset), device))
+        log(plan.in_words(config, trainer.length, len(dataset), device))
         for doubt in plan.doubts(config, trainer.length, dataset.source) if distributed.is_main() else []:
             log(f"warning: {doubt}")
         # until here a signal simply ends the process: there is nothing to save
@@ -365,9 +365,8 @@ class Run:
 
     def tell_estimate(self, done: int) -> None:
         """Say once how long the run will take, when there is something to go by."""
-        if self.speed.done == plan.ESTIMATE_AT:
-            left_s = self.speed.eta_s(self.trainer.length.total_iters - done)
-            log(f"estimate: {in_words(left_s)} left, at {self.speed.img_per_s:.1f} img/s")
+        if estimate := self.speed.estimate(self.trainer.length.total_iters - done):
+            log(estimate)
 
     def tell_collapse(self, it: int, losses: Mapping[str, float]) -> None:
         """Say once that the features collapse, where the method has said so ``COLLAPSED_LINES`` times in a row."""

@@ -1,7 +1,6 @@
 """How long a fine-tuning on masks of one's own should be, and what it is going to do, told before its first step."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +9,13 @@ from mmengine.hooks import Hook
 from pretrain import distributed
 from pretrain.errors import UserError
 from pretrain.jobs import start
-from pretrain.log import ProgressLine, in_words, log
+from pretrain.log import ProgressLine, log
 from pretrain.metrics_log import Speed
 from pretrain.schedules import iterations
 from pretrain.settings import as_dict
 from seg_plugin.protocol import OF_THE_DATA, OWN, SegmentationProtocol, deviations, with_overrides
 
 MOST_EPOCHS, EPOCHS = 1000, 100  # of own-160k's iterations: more are refused; what is proposed (ours)
-ESTIMATE_AT = 10  # iterations of a process
 SHOWN = "mIoU"
 
 
@@ -77,11 +75,9 @@ def leave_start(run: Any) -> None:
     """Write down what a run was started with."""
     whole = as_dict(run.protocol)
     fields = {key: whole[key] for key in (*deviations(run.protocol), *OF_THE_DATA, "lr", "weight_decay")}
-    own: dict[str, Any] = {name: getattr(run, name) for name in ("backbone", "seed", "device", "workers")}
-    own |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
-    own |= {"model_kwargs": dict(run.model_kwargs), "masks": run.masks.model_dump(exclude_defaults=True)}
-    own["dataset"] = run.protocol.name
-    start.leave(run.output, own, fields)
+    masks = run.masks.model_dump(exclude_defaults=True)
+    names = "backbone", "seed", "device", "workers"
+    start.leave(run, names, fields, masks=masks, dataset=run.protocol.name)
 
 
 class ProgressHook(Hook):
@@ -107,8 +103,8 @@ class ProgressHook(Hook):
         self.speed.tick(0.0)
         done, loss = batch_idx + 1, (outputs or {}).get("loss")
         left_s = self.speed.eta_s(runner.max_iters - done)
-        if self.speed.done == ESTIMATE_AT:
-            log(f"estimate: {in_words(left_s)} left without validations, at {self.speed.img_per_s:.1f} img/s")
+        if estimate := self.speed.estimate(runner.max_iters - done, " without validations"):
+            log(estimate)
         told = "" if loss is None else f"loss {float(loss):.3f}  "
         self.line.update(done, f"{told}{self.speed.img_per_s:.1f} img/s", left_s)
 

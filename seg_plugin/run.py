@@ -20,7 +20,7 @@ from pretrain.data import digest
 from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
 from pretrain.data.images import cut_off
-from pretrain.errors import Interrupted, UserError, enough
+from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.files import read_mapping, replacing
 from pretrain.jobs import start
 from pretrain.log import say
@@ -163,7 +163,7 @@ def train(run: SegmentationRun, resume: bool = False, data_changed: bool = False
     """
     more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
     lock = run_lock(run.output, newest_checkpoint)
-    with lock, enough(more, f"give --workers below {run.workers} and go on with --resume"):
+    with lock, explained_shortage(more, f"give --workers below {run.workers} and go on with --resume"):
         return _train(run, resume, data_changed)
 
 

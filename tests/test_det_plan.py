@@ -12,7 +12,7 @@ from test_torchvision_run import FLAGS, RECIPE, TINY, lines
 from tool_fixture import load_tool
 
 from det_plugin import plan
-from det_plugin.best import FILE, Best, load, told
+from det_plugin.best import FILE, Best, load, metadata_of
 from det_plugin.plan import schedule, whole_schedule
 from det_plugin.predict import load_detector
 from det_plugin.protocol import protocol, with_overrides
@@ -149,7 +149,7 @@ def test_the_best_weights_are_kept_beside_the_last(stopped):
     evaluations = [(line["iteration"] + 1, line["box_ap"]) for line in lines(stopped) if "box_ap" in line]
     assert len(evaluations) > 2
     iteration, box_ap = max(evaluations, key=lambda pair: (pair[1], -pair[0]))
-    assert told(stopped / FILE) == {"iteration": str(iteration), "box_ap": repr(box_ap)}
+    assert metadata_of(stopped / FILE) == {"iteration": str(iteration), "box_ap": repr(box_ap)}
     model, _, last = load_model(stopped)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     load(stopped, model, "last")
@@ -166,7 +166,7 @@ def test_only_better_weights_are_kept(tmp_path):
     best = Best(tmp_path, begins=True)
     for box_ap, iteration, kept in [(10.0, 5, 5), (10.0, 10, 5), (9.0, 15, 5), (12.5, 20, 20)]:
         best.keep(model, box_ap, iteration)
-        assert told(tmp_path / FILE)["iteration"] == str(kept)
+        assert metadata_of(tmp_path / FILE)["iteration"] == str(kept)
     assert Best(tmp_path, begins=False).box_ap == 12.5
     with pytest.raises(UserError, match="does not fit the run's detector"):
         load(tmp_path, torch.nn.Linear(3, 1), "best")

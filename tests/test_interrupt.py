@@ -13,7 +13,7 @@ from photos import TINY, write_photos
 from torch.utils.data import DataLoader
 
 from det_plugin.train import finetune as finetune_detection
-from pretrain.errors import UserError, enough
+from pretrain.errors import UserError, explained_shortage
 from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignals
 from seg_plugin.protocol import SegmentationProtocol
@@ -167,13 +167,13 @@ RAN_OUT = {
 @pytest.mark.parametrize("cause", RAN_OUT)
 def test_what_runs_out_is_one_line_with_the_way_on(cause):
     use, told = RAN_OUT[cause]
-    with pytest.raises(UserError, match=told) as found, enough("MORE", "FEWER"):
+    with pytest.raises(UserError, match=told) as found, explained_shortage("MORE", "FEWER"):
         use()
     assert "\n" not in str(found.value) and len(str(found.value)) < 400
 
 
 def test_another_error_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="size mismatch"), enough("MORE"):
+    with pytest.raises(RuntimeError, match="size mismatch"), explained_shortage("MORE"):
         raise RuntimeError("size mismatch for memory.weight")
 
 

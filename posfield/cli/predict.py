@@ -293,7 +293,7 @@ def over_images(
     Raises:
         UserError: none can be read.
     """
-    told, started = Told(ProgressLine("predict", len(images), 0), len(images)), time.monotonic()
+    told, started = Tally(ProgressLine("predict", len(images), 0), len(images)), time.monotonic()
     paths = picture_paths([name for _, name in images], pictures)
     try:
         for (path, name), file in zip(images, paths):
@@ -317,7 +317,7 @@ def over_images(
 
 
 def over_video(
-    predict: Callable[[AnyImage, str], np.ndarray | None], video: Video, name: str, file: Path, told: "Told"
+    predict: Callable[[AnyImage, str], np.ndarray | None], video: Video, name: str, file: Path, told: "Tally"
 ) -> None:
     """The same for the frames of a video.
 
@@ -338,7 +338,7 @@ def over_video(
         raise UserError(f"{video.path} has no frame that can be read")
 
 
-class Told:
+class Tally:
     """Counts of images, and their progress line."""
 
     def __init__(self, line: ProgressLine, total: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, enough, one_line
+from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, explained_shortage, one_line
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.raiseExceptions = show_traceback  # a log file on a full disk would show one for every line
     try:
         refuse_empty(arguments)
-        with enough("take smaller images or batches, or another --device"):
+        with explained_shortage("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
     # OSError names the file; of a loss the run has said where
     except (UserError, OSError, FloatingPointError) as error:

@@ -1,6 +1,7 @@
 """What a fine-tuning was started with, in its folder, so that the folder alone is enough to go on."""
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,20 @@ from pretrain.files import read_mapping, write_json
 FILE = "start.json"
 
 
-def leave(folder: Path, arguments: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    """Write the arguments of a fine-tuning, and the fields of its protocol, as plain values; paths are absolute."""
-    write_json(folder / FILE, {**arguments, "fields": dict(fields)})
+def leave(run: Any, names: Sequence[str], fields: Mapping[str, Any], **more: Any) -> None:
+    """Write into a run's folder the arguments of its fine-tuning and the fields of its protocol, as plain values.
+
+    Args:
+        run: a DetectionRun or SegmentationRun.
+        names: its attributes that are arguments, besides ``data``, ``weights`` (as absolute paths) and ``model_kwargs``.
+        fields: of the protocol.
+        more: further arguments.
+    """
+    own = {name: getattr(run, name) for name in names}
+    own |= {"data": os.path.abspath(run.data), "weights": run.weights and os.path.abspath(run.weights)}
+    write_json(
+        run.output / FILE, {**own, "model_kwargs": dict(run.model_kwargs), **more, "fields": dict(fields)}
+    )
 
 
 def started(folder: Path, needed: Collection[str]) -> dict[str, Any]:
