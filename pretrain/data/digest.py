@@ -28,7 +28,7 @@ from pretrain.files import read_mapping, write_json
 from pretrain.log import log
 
 FILE_NAME = "data.json"  # in the folder of a fine-tuning
-N_THREADS = 32
+N_THREADS, CHUNK_BYTES = 32, 2**20
 WHOLE = "images"  # the key of the number
 Values = Mapping[str, Any]  # a digest
 
@@ -48,8 +48,11 @@ def hash_of_names(names: Iterable[str]) -> str:
 
 def hash_of_file(path: Path) -> str:
     """:func:`hash_of` a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        while part := file.read(CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()[:12]
 
 
 class FileSizes:

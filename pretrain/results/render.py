@@ -12,17 +12,8 @@ from pretrain.results.pages import FILTERS, from_template
 from pretrain.results.tables import Table
 
 FORMATS = ("md", "csv", "latex", "html")
-TURNING = (
-    "LRE",
-    "RLE",
-    "LRO",
-    "RLO",
-    "PDF",
-    "LRI",
-    "RLI",
-    "FSI",
-    "PDI",
-)  # Unicode's, of the direction of writing
+# Unicode's characters of the direction of writing
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
