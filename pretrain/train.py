@@ -61,7 +61,7 @@ def train(
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
     calm = deterministic(rule == "always" or rule == "cpu" and device.type == "cpu")
-    n = 2 * config.step.accumulate
+    n = 2 * max(config.step.accumulate, 1)
     more = f"set step.accumulate={n}, or step.checkpointing=full, and go on with --resume"
     fewer = f"set data.workers below {config.data.workers} and go on with --resume"
     with run_lock(config.run.output), calm, explained_shortage(more, fewer):

@@ -146,6 +146,12 @@ def test_effective_rank(rank):
     assert effective_rank(rows).item() == pytest.approx(rank, abs=1e-6)
 
 
+def test_effective_rank_of_what_is_not_finite_is_nan():
+    """And no error of the library: the run's own names the iteration."""
+    for wrong in (math.nan, math.inf):
+        assert math.isnan(effective_rank(torch.tensor([[1.0, 2.0], [wrong, 3.0]])).item())
+
+
 def test_effective_rank_of_one_point_is_one():
     assert effective_rank(torch.ones(4, 3)).item() == 1
 
@@ -164,6 +170,7 @@ def test_a_collapse_is_named_with_the_remedy(sign):
     method = Intertwined(load_config(None, TINY))
     value, told = COLLAPSES[sign]
     assert method.collapse(HEALTHY) == ""
+    assert method.collapse({key: number for key, number in HEALTHY.items() if key != sign}) == ""
     found = method.collapse(HEALTHY | {sign: value})
     assert found.startswith(told) and "losses.centering=sinkhorn_knopp" in found
 

@@ -23,7 +23,6 @@ from posfield.cli import submit
 from pretrain.cli import add_data_changed, command_parser, fields_and_kwargs
 from pretrain.config import SHIPPED
 from pretrain.data.datasets import open_label_sets
-from pretrain.data.digest import hash_of_file
 from pretrain.errors import UserError, one_line
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
@@ -103,10 +102,7 @@ def sweep_jobs(comparison: Comparison) -> int:
 def data_now(comparison: Comparison, kind: str) -> dict[str, Any]:
     """The digest of the data of all runs of a kind, as far as it is cheap: of COCO the annotations."""
     if kind == "detect":
-        return {
-            split: {"annotations": hash_of_file(locate(comparison.coco, split).annotations)}
-            for split in ("train", "val")
-        }
+        return {split: {"annotations": locate(comparison.coco, split).hash()} for split in ("train", "val")}
     parts = open_label_sets(comparison.ade, "ade20k")
     return {part: found.digest() for part, found in zip(("training", "validation"), parts)}
 

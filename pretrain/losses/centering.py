@@ -83,8 +83,14 @@ def teacher_entropies(teacher: HeadOutput, center: Tensor, temperature: float) -
 
 def effective_rank(rows: Tensor) -> Tensor:
     """In how many directions rows [M, d] differ: exp of the entropy of the normalized singular values of the centered
-    rows (Roy and Vetterli, 2007). From 1 to min(M, d); rows that are all the same: 1."""
+    rows (Roy and Vetterli, 2007).
+
+    Returns:
+        a scalar from 1 to min(M, d); of rows that are all the same 1, NaN where a number is not finite.
+    """
     with torch.autocast(rows.device.type, enabled=False):
-        values = torch.linalg.svdvals(at_least_float32(rows) - at_least_float32(rows).mean(0))
+        centered = at_least_float32(rows) - at_least_float32(rows).mean(0)
+        # svdvals would raise an error of its own; the run's names the iteration and the terms
+        values = torch.linalg.svdvals(torch.nan_to_num(centered, 0.0, 0.0, 0.0))
         p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-        return torch.special.entr(p).sum().exp()
+        return torch.where(centered.isfinite().all(), torch.special.entr(p).sum().exp(), torch.nan)

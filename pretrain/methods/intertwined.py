@@ -257,7 +257,10 @@ class Intertwined(EMATeacher):
         return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, **spread}
 
     def collapse(self, signs: Mapping[str, float]) -> str:
-        """By :meth:`diagnostics`, against what is reached by chance; the limits are ours."""
+        """By :meth:`diagnostics`, against what is reached by chance; the limits are ours. Of a step with numbers that are
+        not finite, which the engine leaves out, nothing is said."""
+        if not {"feature_std", "effective_rank", "teacher_entropy", "mean_entropy"} <= signs.keys():
+            return ""
         heads = self.settings.heads
         most, width = math.log(heads.n_prototypes), heads.bottleneck_dim
         found = ""
