@@ -34,12 +34,8 @@ def coco_metrics(
     """
     metrics: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        content = read_truth(annotations, crowds, masks)
-        truths = {"box": content, "mask": None if masks == "off" else _of_masks(content)}
-        for kind, iou_type in KINDS.items():
-            if (own := truths[kind]) is None:
-                continue
-            truth = _indexed(own)
+        for kind, own in _truths(annotations, crowds, masks).items():
+            truth, iou_type = _indexed(own), KINDS[kind]
             evaluation = _evaluated(truth, predictions, iou_type)
             evaluation.summarize()
             named = zip(SUMMARY, evaluation.stats)
@@ -52,6 +48,13 @@ def coco_metrics(
                 name: 100 * float(p.mean()) for name, p in by_class.items() if p.max(initial=-1) > -1
             }
     return metrics
+
+
+def _truths(annotations: Path | CocoFiles, crowds: str, masks: str) -> dict[str, dict[str, Any]]:
+    """{kind of :data:`KINDS`: what it is counted against}, without masks where there are none to count."""
+    content = read_truth(annotations, crowds, masks)
+    of_masks = None if masks == "off" else _of_masks(content)
+    return {"box": content} if of_masks is None else {"box": content, "mask": of_masks}
 
 
 def _of_masks(content: dict[str, Any]) -> dict[str, Any] | None:
@@ -84,14 +87,11 @@ def check_evaluation(split: CocoSplit, protocol: DetectionProtocol) -> None:
         return
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            content = read_truth(split.source, protocol.crowds, protocol.masks)
-            truths = {"box": content, "mask": None if protocol.masks == "off" else _of_masks(content)}
-            one = content["categories"][:1]
-            for kind, iou_type in KINDS.items():
-                if (own := truths[kind]) is not None:
-                    objects = [{**a, "category_id": one[0]["id"]} for a in own["annotations"]]
-                    truth = _indexed({**own, "categories": one, "annotations": objects})
-                    _evaluated(truth, [], iou_type, n_ranges=1)
+            for kind, own in _truths(split.source, protocol.crowds, protocol.masks).items():
+                one = own["categories"][:1]
+                objects = [{**a, "category_id": one[0]["id"]} for a in own["annotations"]]
+                truth = _indexed({**own, "categories": one, "annotations": objects})
+                _evaluated(truth, [], KINDS[kind], n_ranges=1)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises whatever comes
