@@ -7,9 +7,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from det_plugin.protocol import DetectionProtocol
 from pretrain.errors import UserError
 from pretrain.files import replacing, write_safetensors
-from pretrain.log import log
+from pretrain.log import log, say
 
 FILE = "best.safetensors"
 
@@ -26,7 +27,10 @@ class Best:
         self.file = folder / FILE
         if begins:
             self.file.unlink(missing_ok=True)
-        self.box_ap = float(metadata_of(self.file)["box_ap"]) if self.file.is_file() else -1.0
+        self.box_ap, self.iteration = -1.0, 0
+        if self.file.is_file():
+            metadata = metadata_of(self.file)
+            self.box_ap, self.iteration = float(metadata["box_ap"]), int(metadata["iteration"])
 
     def keep(self, model: nn.Module, box_ap: float, iteration: int) -> None:
         """Write the weights if they are better.
@@ -38,11 +42,25 @@ class Best:
         """
         if box_ap <= self.box_ap:
             return
-        self.box_ap = box_ap
+        self.box_ap, self.iteration = box_ap, iteration
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         metadata = {"iteration": str(iteration), "box_ap": repr(box_ap)}
         with replacing(self.file) as partial:
             write_safetensors(partial, save(tensors, metadata))
+
+    def is_stale(self, iteration: int, protocol: DetectionProtocol) -> bool:
+        """Whether ``patience`` evaluations have passed, up to an iteration, since the best one."""
+        waited = iteration - self.iteration
+        return self.box_ap >= 0 and 0 < protocol.patience * protocol.eval_every <= waited
+
+    def tell(self, iteration: int, protocol: DetectionProtocol) -> None:
+        """Say at the end of a run what the best was, and why it is over before its last iteration."""
+        why = (
+            ""
+            if iteration == protocol.max_iters
+            else f"over after {iteration} iterations by patience={protocol.patience}; "
+        )
+        say(f"{why}best: box AP {self.box_ap:.2f} at iteration {self.iteration}, {self.file}")
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -82,6 +100,7 @@ def load(folder: Path, model: nn.Module, which: str) -> None:
     log(f"{file}: iteration {metadata['iteration']}, box AP {float(metadata['box_ap']):.1f}")
 
 
-def is_kept(deviations: dict[str, Any], evaluations: float) -> bool:
-    """Whether a run keeps them: on other data than COCO's, with more than one evaluation."""
-    return bool({"train_images", "val_images"} & deviations.keys()) and evaluations > 1
+def is_kept(protocol: DetectionProtocol, deviations: dict[str, Any]) -> bool:
+    """Whether a run keeps them: where they may end it, and on other data than COCO's, with more than one evaluation."""
+    is_own = bool({"train_images", "val_images"} & deviations.keys())
+    return protocol.patience > 0 or (is_own and protocol.max_iters > protocol.eval_every)

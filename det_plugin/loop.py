@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from det_plugin.best import Best
+from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
 from pretrain import checkpoints, distributed
 from pretrain.errors import Interrupted, UserError
@@ -60,8 +62,8 @@ def fit(
     end_iter: int,
     best: Best | None = None,
 ) -> dict[str, Any]:
-    """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way. Returns the last
-    evaluation's metrics.
+    """Iterate up to ``end_iter``, with the evaluations, logs and checkpoints that are due on the way, or until the best
+    evaluation is ``patience`` evaluations ago. Returns the last evaluation's metrics; {} where the run is not over.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
@@ -72,43 +74,68 @@ def fit(
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
         FloatingPointError: a loss is not finite; names the iteration and the losses.
     """
-    p, first_it, metrics = run.protocol, engine.iteration, dict[str, Any]()
-
-    def is_due() -> bool:
-        return engine.iteration % p.eval_every == 0 or engine.iteration == p.max_iters
-
+    first_it, metrics, is_over = engine.iteration, dict[str, Any](), False
+    due = _Due(engine, run.protocol, best)
     # Interrupted before its evaluation, or at the last one, whose result is due
-    lacks = is_due() and (first_it == p.max_iters or not is_logged(run.output, first_it - 1))
+    lacks = due.evaluation() and (due.end() or not is_logged(run.output, first_it - 1))
     is_behind = terms is not None and distributed.gather_objects(lacks)[0]
     log = Log(engine, run, device, started, first_it - is_behind, best) if distributed.is_main() else None
-    show = log.evaluated if log else None
     try:
         with StopSignals() as signals:  # up to here a signal simply ends the process
-            if is_behind:
-                metrics = engine.evaluate(show)
-                if log and terms:
-                    log.write(first_it - 1, terms, metrics)
-            for it in range(first_it, end_iter):
+            if is_behind and terms is not None:
+                metrics = _evaluated(engine, log, first_it - 1, terms)
+                is_over = distributed.gather_objects(due.end())[0]
+            for it in range(first_it, first_it if is_over else end_iter):
                 (terms, waited_s), metrics = engine.step(), {}
                 stopping = signals.on_any_rank()
                 if log:
                     log.step(terms, waited_s)
-                    if it % engine.log_period == 0 and not is_due():
+                    if it % engine.log_period == 0 and not due.evaluation():
                         log.write(it, terms, {})
-                    if is_due() or stopping or it + 1 == end_iter or log.is_old:
+                    if due.evaluation() or stopping or it + 1 == end_iter or log.is_old:
                         log.save(terms)
                 if stopping:  # an evaluation that is due can wait for the resumed run
                     distributed.barrier()  # if another rank ended first, the launcher would end this, too
                     reason = signals.received or "another rank was signalled"
                     raise Interrupted(f"{reason}; saved at iteration {engine.iteration}")
-                if is_due():
-                    with log.speed.paused() if log else nullcontext():
-                        metrics = engine.evaluate(show)
-                    if log:
-                        log.write(it, terms, metrics)
+                if due.evaluation():
+                    metrics = _evaluated(engine, log, it, terms)
+                    is_over = distributed.gather_objects(due.end())[0]
+                if is_over:
+                    break
     finally:
         if log:
             log.close()
+    if best and is_over:
+        best.tell(engine.iteration, run.protocol)
+    return metrics if is_over else {}
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is due after an iteration; the end is known to the main process alone."""
+
+    engine: Engine
+    protocol: DetectionProtocol
+    best: Best | None
+
+    def evaluation(self) -> bool:
+        return self.engine.iteration % self.protocol.eval_every == 0 or self._is_full
+
+    def end(self) -> bool:
+        return self._is_full or bool(self.best and self.best.is_stale(self.engine.iteration, self.protocol))
+
+    @property
+    def _is_full(self) -> bool:
+        return self.engine.iteration == self.protocol.max_iters
+
+
+def _evaluated(engine: Engine, log: "Log | None", it: int, terms: Mapping[str, float]) -> dict[str, Any]:
+    """An evaluation after iteration ``it``, in the log."""
+    with log.speed.paused() if log else nullcontext():
+        metrics = engine.evaluate(log.evaluated if log else None)
+    if log:
+        log.write(it, terms, metrics)
     return metrics
 
 

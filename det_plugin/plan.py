@@ -1,7 +1,8 @@
 """How long a fine-tuning on data of one's own should be, and what it is going to do, told before its first step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from det_plugin.coco.annotations import Data
 from det_plugin.protocol import READING, DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
+from pretrain.device import fewest_parts
 from pretrain.errors import UserError
 from pretrain.jobs import start
 from pretrain.log import log
@@ -42,6 +44,31 @@ def whole_schedule(base: DetectionProtocol, fields: Mapping[str, Any]) -> dict[s
     return {**fields, **schedule(base, with_overrides(base, alone).max_iters, fields)}
 
 
+def fitted(run: DetectionRun, device: torch.device, steps: Callable[[DetectionRun], object]) -> DetectionRun:
+    """The run with ``accumulate`` 0 replaced by the fewest micro-batches whose steps fit into the GPU's memory; 1 without
+    a GPU.
+
+    Args:
+        steps: takes two steps of a run, the second of which has the optimizer's moments, and keeps nothing.
+
+    Raises:
+        UserError: not even one image at a time fits; there are several processes.
+    """
+    if run.accumulate:
+        return run
+    if device.type != "cuda":
+        return replace(run, accumulate=1)
+    if distributed.world_size() > 1:
+        raise UserError("accumulate: 0 is fitted by one process alone; give a number")
+    batch = run.protocol.batch_size
+    n = fewest_parts(batch, lambda n: steps(replace(run, accumulate=n)), device)
+    if n is None:
+        more = "give --checkpointing, or a smaller image_size_px"
+        raise UserError(f"accumulate: not even one image at a time fits into {device}; {more}")
+    log(f"accumulate={n}: {batch // n} images at a time fit into {device}")
+    return replace(run, accumulate=n)
+
+
 def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> None:
     """Log the plan in one line.
 
@@ -61,10 +88,11 @@ def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> N
     split = parts if ranks * run.accumulate > 1 else ""
     precision = p.amp_dtype if p.amp and device.type == "cuda" else "float32"
     kind = "boxes and masks" if p.has_masks else "boxes"
+    ends = f", over after {p.patience} without a better one" if p.patience else ""
     log(
         f"plan: {n:,} images, {len(data.train.class_names)} classes, {kind}; batch {batch}{split}: {epoch_iters:,} iterations an "
         f"epoch, {epochs:,.3g} epochs, {p.max_iters:,} iterations; evaluated every {p.eval_every:,} on {len(data.val.pictures):,} "
-        f"images; {run.backbone} {run.weights or 'from scratch'} on {device}, {precision}; into {run.output}"
+        f"images{ends}; {run.backbone} {run.weights or 'from scratch'} on {device}, {precision}; into {run.output}"
     )
     if begins and distributed.is_main():
         leave_start(run)

@@ -18,8 +18,9 @@ from pretrain.settings import Settings, differences, replaced, setting
 SCALES = (4.0, 2.0, 1.0, 0.5)  # that a pyramid can be made of
 COARSEST_PX = 32  # stride of its last map before the max-pooled one
 paper, theirs, ours = (partial(setting, source=name) for name in ("B.2", "Detectron2", "ours"))
-# Fields that older runs do not have, all of how annotations are read: arguments of ``coco.read_split``
+# Fields that older runs do not have: of how annotations are read, arguments of ``coco.read_split``; and all
 READING = ("crowds", "masks", "keep_empty", "val_share")
+ADDED = (*READING, "patience")  # of these fields, configs and hashes hold what is away from the defaults
 
 
 class DetectionProtocol(Settings):
@@ -38,6 +39,7 @@ class DetectionProtocol(Settings):
     warmup_factor: float = theirs(0.001, "share of the lr at the start of the warm-up", ge=0, le=1)
     batch_size: int = paper(64, "images a step, over all processes and micro-batches", ge=1)
     eval_every: int = theirs(5_000, "iterations between evaluations", ge=1)
+    patience: int = ours(0, "evaluations without a better box AP that end a run; 0: none do", ge=0)
 
     # Optimizer: AdamW
     lr: float = paper(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; other sizes are ours", ge=0)
@@ -133,9 +135,14 @@ class DetectionProtocol(Settings):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The fields of :data:`READING` away from their defaults: configs and hashes of older runs stay."""
+        """The fields of :data:`READING` away from their defaults."""
+        return {key: value for key, value in self.added.items() if key in READING}
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """The fields of :data:`ADDED` away from their defaults: configs and hashes of older runs stay."""
         fields = type(self).model_fields
-        return {key: value for key in READING if (value := getattr(self, key)) != fields[key].default}
+        return {key: value for key in ADDED if (value := getattr(self, key)) != fields[key].default}
 
 
 # Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from det_plugin.protocol import READING, DetectionProtocol, deviations, other_images
+from det_plugin.protocol import ADDED, DetectionProtocol, deviations, other_images
 from pretrain.build import PROTOCOL_PATCH_PX, network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -46,7 +46,7 @@ class DetectionRun:
         output: run folder.
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
-        accumulate: micro-batches a step. The schedule does not change.
+        accumulate: micro-batches a step; 0: as few as fit into the GPU's memory. The schedule does not change.
         checkpointing, compile: of :class:`det_plugin.features.FeatureOptions`; only for speed and memory.
         is_sure: the protocol may be far too long for the data.
 
@@ -76,8 +76,8 @@ class DetectionRun:
 
     def settings(self) -> dict[str, Any]:
         """What defines the outcome, as plain values. No folder of this machine is in it."""
-        recipe = {key: value for key, value in as_dict(self.protocol).items() if key not in READING}
-        recipe |= self.protocol.reading
+        recipe = {key: value for key, value in as_dict(self.protocol).items() if key not in ADDED}
+        recipe |= self.protocol.added
         return {
             "backbone": self.backbone,
             "model_kwargs": network_kwargs(self.model_kwargs),

@@ -1,8 +1,9 @@
 """Which device a process computes on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from pretrain.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+MEMORY_SHARE = 0.9  # of a GPU's memory that a fitted step may take: batches differ a little
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,3 +49,26 @@ def deterministic(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         switch.fill_uninitialized_memory = before[1]
+
+
+def fewest_parts(n_images: int, step: Callable[[int], object], device: torch.device) -> int | None:
+    """The fewest equal parts of a batch whose steps fit into a GPU's memory; None: not even single images do.
+
+    Args:
+        step: takes steps in so many parts, and keeps nothing.
+    """
+    divisors = (n for n in range(1, n_images + 1) if n_images % n == 0)
+    return next((n for n in divisors if fits(partial(step, n), device)), None)
+
+
+def fits(step: Callable[[], object], device: torch.device) -> bool:
+    """Whether steps take at most :data:`MEMORY_SHARE` of a GPU's memory."""
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * total

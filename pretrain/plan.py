@@ -12,6 +12,7 @@ from pretrain.data.decode import BrokenImage
 from pretrain.data.images import spread
 from pretrain.data.loader import ViewsDataset, build_loader
 from pretrain.data.sources import Source
+from pretrain.device import fewest_parts
 from pretrain.errors import UserError
 from pretrain.log import log
 from pretrain.methods import TrainSettings
@@ -26,7 +27,6 @@ WARM_UP_SHARE = 0.1  # of the epochs (Table 6); new prototypes wait for half as 
 LOOKED_AT = 256  # images whose bytes are compared: a second on a slow disk
 MOST_COPIES = 0.05  # share of these that may be copies of others
 FEW = 0.1  # a share of SEEN_FROM_SCRATCH from which on a run from scratch is not warned of
-MEMORY_SHARE = 0.9  # of a GPU's memory that a fitted step may take: batches differ a little
 
 
 def own_epochs(n_images: int, start: str = "") -> dict[str, int]:
@@ -59,29 +59,21 @@ def fitted(config: TrainSettings, dataset: ViewsDataset, device: torch.device) -
         return replaced(config, {"step.accumulate": 1})
     if distributed.world_size() > 1:
         raise UserError("config: step.accumulate=0 is fitted by one process alone; give a number")
-    batch = config.optim.batch_size
-    for n in (n for n in range(1, batch + 1) if batch % n == 0):
+
+    def two_steps(n: int) -> None:  # the optimizer has its moments after the first
         trial = replaced(config, {"step.accumulate": n, "data.workers": 0})
-        if fits(trial, dataset, device):
-            log(f"step.accumulate={n}: {batch // n} images at a time fit into {device}")
-            return replaced(config, {"step.accumulate": n})
-    raise UserError(
-        f"step.accumulate: not even one image at a time fits into {device}; set step.checkpointing=full, or smaller crops"
-    )
+        batches = [batch for batch, _ in build_loader(trial, dataset, 0, 1)]
+        trainer = Trainer(trial, Length(1, 2, 1))
+        for _ in range(2):
+            trainer.step(batches, examine=True)
 
-
-def fits(config: TrainSettings, dataset: ViewsDataset, device: torch.device) -> bool:
-    """Whether a step of the run's first batch takes at most ``MEMORY_SHARE`` of the GPU's memory."""
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        batches = [batch for batch, _ in build_loader(config, dataset, 0, 1)]
-        Trainer(config, Length(1, 2, 1)).step(batches, examine=True)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    return torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * total
+    batch = config.optim.batch_size
+    n = fewest_parts(batch, two_steps, device)
+    if n is None:
+        more = "set step.checkpointing=full, or smaller crops"
+        raise UserError(f"step.accumulate: not even one image at a time fits into {device}; {more}")
+    log(f"step.accumulate={n}: {batch // n} images at a time fit into {device}")
+    return replaced(config, {"step.accumulate": n})
 
 
 def in_words(config: TrainSettings, length: Length, n_images: int, device: torch.device) -> str:

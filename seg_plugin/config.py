@@ -26,7 +26,7 @@ from pretrain.results.provenance import config_hash
 from pretrain.settings import MAX_YAML_BYTES, compared, replaced, without_content
 from seg_plugin import protocol as protocols
 from seg_plugin.data import PARTS, dataset_of, label_set, section
-from seg_plugin.protocol import OWN, SegmentationProtocol, protocol, with_overrides
+from seg_plugin.protocol import ADDED, OWN, SegmentationProtocol, protocol, with_overrides
 
 
 def segmenter_config(
@@ -172,9 +172,11 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
         visualization=dict(type="SegVisualizationHook"),
     )
     mp_cfg = dict(mp_start_method="fork", opencv_num_threads=0)
+    fields = {key: value for key, value in p.model_dump().items() if key not in ADDED or value}
+    stop = [dict(type="PatienceHook", patience=p.patience)] if p.patience else []
     return dict(
         default_hooks=hooks,
-        custom_hooks=[dict(type="PosfieldRunHook", protocol=p.model_dump(), interval=log_every)],
+        custom_hooks=[dict(type="PosfieldRunHook", protocol=fields, interval=log_every), *stop],
         env_cfg=dict(cudnn_benchmark=False, mp_cfg=mp_cfg, dist_cfg=dict(backend="nccl")),
         # torch has no deterministic 2-D cross-entropy on CUDA
         randomness=dict(seed=seed, deterministic=False),

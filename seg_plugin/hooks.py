@@ -27,6 +27,7 @@ from pretrain.data import digest
 from pretrain.data.broken import Skipped
 from pretrain.errors import Interrupted, UserError
 from pretrain.files import write_json, write_text, writing
+from pretrain.log import say
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, finished, planned, write_result
@@ -225,6 +226,36 @@ class PosfieldIoU(IoUMetric):
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
         means = iou.nanmean(), accuracy.nanmean(), 100 * intersect.sum() / label.sum()
         return {name: float(mean) for name, mean in zip(METRICS, means)}
+
+
+@HOOKS.register_module()
+class PatienceHook(Hook):
+    """Ends a training once ``patience`` validations in turn had no better mIoU than one before them. A resumed run reads
+    those before in ``metrics.jsonl``."""
+
+    priority = "HIGH"  # reads the file before PosfieldRunHook cuts it
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.found = patience, dict[int, float]()  # mIoU by iteration
+
+    def before_train(self, runner: Any) -> None:
+        """Read the validations up to here."""
+        log = Path(runner.work_dir) / "metrics.jsonl"
+        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.is_file() else ())
+        self.found = {
+            of["iteration"]: of["miou"] for of in lines if "miou" in of and of["iteration"] <= runner.iter
+        }
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Judge the validation."""
+        self.found[runner.iter] = (metrics or {}).get("mIoU", math.nan)
+        best = max(self.found, key=lambda at: (self.found[at], -at))
+        waited = sum(at > best for at in self.found)
+        if waited >= self.patience and runner.iter < runner.max_iters:
+            say(
+                f"over after {runner.iter} iterations by patience={self.patience}; best: mIoU {self.found[best]:.2f} at {best}"
+            )
+            runner.train_loop.stop_training = True
 
 
 class StopHook(Hook):

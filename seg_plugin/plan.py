@@ -60,12 +60,13 @@ def tell(run: Any, n_images: int, n_validation: int, device: Any, begins: bool) 
         told = f"{p.max_iters:,} iterations of {p.batch_size} images are {epochs:,.0f} epochs of {n_images:,} images"
         short = f"epochs={EPOCHS} ({iterations(EPOCHS, n_images, p.batch_size):,} iterations)"
         raise UserError(f"protocol: {told}; give {short}, or --yes for all of it")
+    ends = f", over after {p.patience} without a better one" if p.patience else ""
     split = f" ({ranks} processes x {p.batch_size // ranks})" if ranks > 1 else ""
     log(
         f"plan: {n_images:,} images, {p.num_classes} classes; batch {p.batch_size}{split}: "
         f"{math.ceil(n_images / p.batch_size):,} iterations an epoch, {epochs:,.3g} epochs, {p.max_iters:,} iterations; "
-        f"validated every {p.val_every:,} on {n_validation:,} images; {run.backbone} {run.weights or 'from scratch'} on {device}, "
-        f"{'float16' if p.amp else 'float32'}; into {run.output}"
+        f"validated every {p.val_every:,} on {n_validation:,} images{ends}; "
+        f"{run.backbone} {run.weights or 'from scratch'} on {device}, {'float16' if p.amp else 'float32'}; into {run.output}"
     )
     if begins and distributed.is_main():
         leave_start(run)
@@ -105,7 +106,7 @@ class ProgressHook(Hook):
         left_s = self.speed.eta_s(runner.max_iters - done)
         if estimate := self.speed.estimate(runner.max_iters - done, " without validations"):
             log(estimate)
-        told = "" if loss is None else f"loss {float(loss):.3f}  "
+        told = "" if loss is None else f"loss {loss.detach().item():.3f}  "
         self.line.update(done, f"{told}{self.speed.img_per_s:.1f} img/s", left_s)
 
     def before_val(self, runner: Any) -> None:

@@ -34,6 +34,9 @@ class SegmentationProtocol(Settings):
     poly_power: float = setting(0.9, "power of the polynomial decay", source=SEGMENTER, ge=0)
     warmup_iters: int = setting(0, "iterations of linear warm-up; 0: none", source=SEGMENTER, ge=0)
     val_every: int = setting(16_000, "iterations between validations", source=MMSEG, ge=1)
+    patience: int = setting(
+        0, "validations without a better mIoU that end a run; 0: none do", source="ours", ge=0
+    )
 
     # Optimizer: AdamW. The best of the grid by mIoU, each setting averaged over the seeds (B.3).
     lr_grid: Rates = setting((8e-5, 3e-5, 1e-5, 8e-6), "lr of a sweep", source="B.3", min_length=1)
@@ -121,6 +124,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     ),
     OWN: dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
 }  # fmt: skip
+ADDED = ("patience",)  # fields that older runs do not have; configs hold what is away from the defaults
 # Of your own data these describe the masks and are no deviation
 OF_THE_DATA = ("num_classes", "reduce_zero_label")
 SWEEP = "sweep"

@@ -15,6 +15,7 @@ pytest.importorskip(
 
 from det_plugin.benchmark import backbone as det
 from det_plugin.benchmark import step
+from det_plugin.detectron2_engine.loader import noise_samples
 from det_plugin.protocol import protocol, with_overrides
 
 pytestmark = pytest.mark.detectron2
@@ -64,7 +65,7 @@ def test_a_step_trains_every_part(name):
     recipe = with_overrides(protocol("coco-12ep", TINY), SMALL)
     torch.manual_seed(0)
     model = step.build(name, recipe, TINY, dict(depth=4))
-    train = step.training_step(model, recipe, torch.device("cpu"), step.synthetic_batch(recipe, 2))
+    train = step.training_step(model, recipe, torch.device("cpu"), noise_samples(recipe, 2, 8))
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     train()
     same = {

@@ -16,8 +16,10 @@ from det_plugin.best import FILE, Best, load, metadata_of
 from det_plugin.plan import schedule, whole_schedule
 from det_plugin.predict import load_detector
 from det_plugin.protocol import protocol, with_overrides
+from det_plugin.torchvision_engine import train as engine
 from det_plugin.torchvision_engine.predict import load_model
 from det_plugin.train import settings_of
+from pretrain import device
 from pretrain.errors import UserError
 from pretrain.jobs.start import FILE as START
 from pretrain.jobs.start import started
@@ -159,6 +161,108 @@ def test_the_best_weights_are_kept_beside_the_last(stopped):
     assert all(torch.equal(value, best[key]) for key, value in model.state_dict().items())
     assert any(not torch.equal(best[key], state[key]) for key in state) == (iteration != last)
     assert load_detector(stopped, "cpu").classes == load_detector(stopped, "cpu", checkpoint="last").classes
+
+
+@pytest.mark.parametrize("fitting, parts", [(16, 1), (8, 2), (3, 8), (1, 16)])
+def test_the_largest_part_that_fits_is_taken(data, tmp_path, monkeypatch, capsys, fitting, parts):
+    run = settings_of(TINY, None, data, tmp_path, "coco-12ep", {"batch_size": "16"}, accumulate=0)
+    tried = []
+    monkeypatch.setattr(device, "fits", lambda step, *_: step() or 16 // step.args[0] <= fitting)
+    found = plan.fitted(run, torch.device("cuda", 0), tried.append)
+    assert found.accumulate == parts and tried[-1] == found
+    assert f"accumulate={parts}: {16 // parts} images at a time fit into cuda:0" in capsys.readouterr().err
+    assert plan.fitted(run, torch.device("cpu"), tried.append).accumulate == 1
+    assert plan.fitted(found, torch.device("cuda", 0), tried.append) is found
+    monkeypatch.setattr(device, "fits", lambda *_: False)
+    with pytest.raises(
+        UserError, match="not even one image at a time .* --checkpointing, or a smaller image_size_px"
+    ):
+        plan.fitted(run, torch.device("cuda", 0), tried.append)
+    monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="accumulate: 0 is fitted by one process alone; give a number"):
+        plan.fitted(run, torch.device("cuda", 0), tried.append)
+
+
+@pytest.mark.parametrize("masks", ["on", "off"])
+def test_a_trial_is_two_steps_with_as_many_objects_as_can_be(data, tmp_path, monkeypatch, masks):
+    fields = {
+        **{key: value for key, value in as_dict(RECIPE).items() if key not in ("name", "version")},
+        "masks": masks,
+    }
+    run = settings_of(
+        TINY, None, data, tmp_path, "coco-12ep", {**fields, "batch_size": 6}, model_kwargs=FLAGS, accumulate=3
+    )
+    losses, whole = [], engine.Trainer.step
+
+    def step(self, samples):
+        assert (
+            len(samples) == 4 and self.micro_batch_size == 2
+        )  # the gradients of one beside the other's activations
+        losses.append(whole(self, samples))
+
+    monkeypatch.setattr(engine.Trainer, "step", step)
+    engine._try(run, torch.device("cpu"))
+    assert len(losses) == 2 and ("loss_mask" in losses[0]) == (masks == "on")
+
+
+def test_without_a_gpu_nothing_is_fitted(data, tmp_path):
+    words = [*WORDS, "max_iters=1", "milestones=1", "warmup_iters=0", "--accumulate", "0"]
+    detect(*BASE, "--data", data, "--output", tmp_path, *words)
+    assert json.loads((tmp_path / START).read_text())["accumulate"] == 1
+
+
+def judged(monkeypatch, scores):
+    """Evaluations find these box APs, in turn."""
+    found = iter(scores)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: ({"box_ap": next(found)}, []))
+    monkeypatch.setattr(engine, "draw_page", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "in_words", str)
+
+
+def test_patience_ends_a_run(data, tmp_path, capsys, monkeypatch):
+    words = [
+        *BASE,
+        "--data",
+        data,
+        "--output",
+        tmp_path,
+        *WORDS,
+        "max_iters=12",
+        "milestones=11",
+        "warmup_iters=0",
+    ]
+    judged(monkeypatch, [5.0, 7.0, 7.0, 6.5])
+    detect(*words, "eval_every=2", "patience=2")
+    said = capsys.readouterr()
+    assert (
+        "12 iterations; evaluated every 2 on" in said.err and "over after 2 without a better one" in said.err
+    )
+    assert "over after 8 iterations by patience=2; best: box AP 7.00 at iteration 4" in said.out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["box_ap"] == 6.5 and result["protocol"]["deviations"]["patience"] == [0, 2]
+    assert metadata_of(tmp_path / FILE)["iteration"] == "4" and lines(tmp_path)[-1]["iteration"] == 7
+    assert load_model(tmp_path)[2] == 8
+    detect("--resume", "--output", tmp_path)  # it is over
+    (tmp_path / "result.json").unlink()  # killed between the last evaluation and the result
+    judged(monkeypatch, [6.5])
+    detect("--resume", "--output", tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["box_ap"] == 6.5
+    assert [line["box_ap"] for line in lines(tmp_path) if "box_ap" in line] == [5.0, 7.0, 7.0, 6.5]
+    shutil.rmtree(max((tmp_path / "checkpoints").iterdir()))  # killed before
+    (tmp_path / "result.json").unlink()
+    judged(monkeypatch, [6.5])
+    detect("--resume", "--output", tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["box_ap"] == 6.5
+
+
+def test_patience_is_no_part_of_runs_without_it(data, tmp_path):
+    def settings(**fields):
+        return settings_of(TINY, None, data, tmp_path, "coco-12ep", fields).settings()["protocol"]
+
+    assert "patience" not in settings() and settings(patience="3")["patience"] == 3
+    assert "patience" not in settings(patience="0")
+    with pytest.raises(UserError, match="patience"):
+        settings(patience="-1")
 
 
 def test_only_better_weights_are_kept(tmp_path):

@@ -23,6 +23,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
+from det_plugin.detectron2_engine import train as engine
 from det_plugin.detectron2_engine.saved_config import classes_in
 from det_plugin.detectron2_engine.train import evaluate_folder, train
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
@@ -131,6 +132,43 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, coco, whole, monkeypatch):
     train(run, resume=True)
     assert_same_end(run, whole)
     assert 1000 < read_result(run.output).wall_time_s < 1100
+
+
+def test_patience_ends_a_run(tmp_path, coco, capsys, monkeypatch):
+    def judged(scores):
+        found = iter(scores)
+        monkeypatch.setattr(engine, "evaluate", lambda *_: {"box_ap": next(found), "mask_ap": 1.0})
+
+    run = toy_run(tmp_path, coco, None, max_iters=12, milestones=(11,), eval_every=2, patience=2)
+    judged([5.0, 7.0, 7.0, 6.5])
+    train(run)
+    assert (
+        "over after 8 iterations by patience=2; best: box AP 7.00 at iteration 4" in capsys.readouterr().out
+    )
+    result = read_result(tmp_path / "result.json")
+    assert result.metrics["box_ap"] == 6.5 and result.protocol.deviations["patience"] == [0, 2]
+    train(run, resume=True)  # it is over
+    (tmp_path / "result.json").unlink()  # killed between the last evaluation and the result
+    judged([6.5])
+    train(run, resume=True)
+    again = read_result(tmp_path / "result.json")
+    assert (again.metrics, again.config_hash) == (result.metrics, result.config_hash)
+    assert [line["box_ap"] for line in metrics_lines(tmp_path) if "box_ap" in line] == [5.0, 7.0, 7.0, 6.5]
+
+
+def test_a_trial_is_two_steps(tmp_path, coco, monkeypatch):
+    """With the gradients of one part beside another's activations."""
+    run = replace(toy_run(tmp_path, coco, None, batch_size=6), accumulate=3)
+    seen, whole = [], AccumulatingTrainer.run_step
+
+    def step(self):
+        assert self.accumulate == 2 and all(len(part) == 2 for part in self.data_loader)
+        whole(self)
+        seen.append(self.terms)
+
+    monkeypatch.setattr(AccumulatingTrainer, "run_step", step)
+    engine._try(run, "cpu")
+    assert len(seen) == 2 and all("loss_mask" in terms for terms in seen)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, whole, capsys):

@@ -10,7 +10,7 @@ from public_fixture import NAME
 from reference_vit import saved
 from test_weights_dinov2 import published
 
-from pretrain import plan
+from pretrain import device, plan
 from pretrain.build import build_backbone
 from pretrain.cli.train_ssl import main
 from pretrain.config import load_config
@@ -117,7 +117,7 @@ def test_a_batch_of_more_images_than_there_are_names_one_that_fits(tmp_path, pho
 @pytest.mark.parametrize("fitting, parts", [(16, 1), (8, 2), (3, 8), (1, 16)])
 def test_the_largest_part_that_fits_is_taken(monkeypatch, capsys, fitting, parts):
     config = load_config("own-images", ["backbone.weights=x", "optim.batch_size=16"])
-    monkeypatch.setattr(plan, "fits", lambda trial, *_: 16 // trial.step.accumulate <= fitting)
+    monkeypatch.setattr(device, "fits", lambda step, *_: 16 // step.args[0] <= fitting)
     found = plan.fitted(config, None, torch.device("cuda", 0))
     assert (
         found.step.accumulate == parts
@@ -129,7 +129,7 @@ def test_the_largest_part_that_fits_is_taken(monkeypatch, capsys, fitting, parts
 
 def test_what_cannot_be_fitted_is_told(monkeypatch):
     config = load_config("own-images", ["backbone.weights=x", "optim.batch_size=2"])
-    monkeypatch.setattr(plan, "fits", lambda *_: False)
+    monkeypatch.setattr(device, "fits", lambda *_: False)
     with pytest.raises(UserError, match="not even one image .* step.checkpointing=full"):
         plan.fitted(config, None, torch.device("cuda", 0))
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)

@@ -18,9 +18,11 @@ from seg_fixture import FLAGS, TINY
 from pretrain.errors import UserError
 from pretrain.run_lock import run_lock
 from seg_plugin.data import recipe_for
+from seg_plugin.hooks import PosfieldIoU
 from seg_plugin.plan import schedule, whole_schedule
 from seg_plugin.predict import load_segmenter
 from seg_plugin.protocol import OWN, protocol, with_overrides
+from seg_plugin.run import config, prepare
 from seg_plugin.sweep import points, status
 
 BASE = ["--backbone", "vit_tiny_patch16", "--device", "cpu", "--workers", "0"]
@@ -138,6 +140,50 @@ def test_the_best_weights_stay_beside_the_last(finished, capsys):
     last = torch.load(finished / "iter_12.pth", weights_only=True)["state_dict"]
     found = load_segmenter(finished, "cpu", checkpoint="last").model.state_dict()
     assert all(torch.equal(last[key], found[key]) for key in last)
+
+
+def test_patience_ends_a_run(data, tmp_path, capsys, monkeypatch):
+    def judged(scores):
+        found = iter(scores)
+
+        def compute(self, results):
+            return {"mIoU": next(found), "mAcc": 1.0, "aAcc": 1.0}
+
+        monkeypatch.setattr(PosfieldIoU, "compute_metrics", compute)
+
+    def result():
+        return json.loads((tmp_path / "result.json").read_text())
+
+    words = [*BASE, "--data", data, "--output", tmp_path, *NUMBERS, "max_iters=12", "val_every=2"]
+    judged([5.0, 7.0, 7.0, 6.5])
+    segment(*words, "patience=2")
+    said = capsys.readouterr()
+    assert "12 iterations; validated every 2 on 3 images, over after 2 without a better one" in said.err
+    assert "over after 8 iterations by patience=2; best: mIoU 7.00 at 4" in said.out
+    assert result()["metrics"]["miou"] == 6.5 and result()["protocol"]["deviations"]["patience"] == [0, 2]
+    assert [path.name for path in tmp_path.glob("best_*.pth")] == ["best_mIoU_iter_4.pth"]
+    whole = lines(tmp_path)
+    assert whole[-1]["iteration"] == 8
+    segment("--resume", "--output", tmp_path)  # it is over
+    (tmp_path / "result.json").unlink()  # killed between the last validation and the result
+    judged([6.5])
+    segment("--resume", "--output", tmp_path)
+    assert result()["metrics"]["miou"] == 6.5 and lines(tmp_path) == whole
+    (tmp_path / "result.json").unlink()  # killed before
+    (tmp_path / "iter_8.pth").unlink()
+    judged([7.0, 6.5])
+    segment("--resume", "--output", tmp_path)
+    assert result()["metrics"]["miou"] == 6.5 and lines(tmp_path) == whole
+
+
+def test_patience_is_no_part_of_runs_without_it(data, tmp_path):
+    def hooks(**fields):
+        run = prepare(data, output=tmp_path, backbone="vit_tiny_patch16", **fields)
+        return config(run).custom_hooks
+
+    (only,) = hooks()
+    assert "patience" not in only.protocol
+    assert [hook.type for hook in hooks(patience="3")] == ["PosfieldRunHook", "PatienceHook"]
 
 
 def test_status_says_what_is_at_work_and_how_long_it_takes(finished, data, tmp_path):

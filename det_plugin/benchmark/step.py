@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyCall, instantiate
-from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
 from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.loader import noise_samples
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from pretrain.benchmark.turns import Work, in_turns
 from pretrain.device import choose_device
@@ -81,7 +81,7 @@ def work(
     """A training step of a contender on one batch."""
     torch.manual_seed(0)
     model = build(name, recipe, backbone, model_kwargs)
-    return training_step(model, recipe, torch.device(device), synthetic_batch(recipe, n_images))
+    return training_step(model, recipe, torch.device(device), noise_samples(recipe, n_images, N_OBJECTS))
 
 
 def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -94,24 +94,6 @@ def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Map
         theirs = dict(backbone=backbone, model_kwargs=dict(model_kwargs), **THEIRS[name], **size)
         cfg.backbone.net = LazyCall(their_network)(**theirs)
     return instantiate(cfg)  # type: ignore[no-any-return]
-
-
-def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, Any]]:
-    """Noise with objects, as Detectron2's mapper gives them."""
-    size, generator = recipe.image_size_px, torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(n_images):
-        corners = torch.rand(N_OBJECTS, 2, generator=generator) * size * 0.5
-        extents = (0.05 + 0.4 * torch.rand(N_OBJECTS, 2, generator=generator)) * size
-        boxes = torch.cat([corners, corners + extents], 1)  # [8, 4], x0 y0 x1 y1 in pixels
-        instances = Instances((size, size))
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(recipe.num_classes, (N_OBJECTS,), generator=generator)
-        outlines = [box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy() for box in boxes]
-        instances.gt_masks = PolygonMasks([[polygon] for polygon in outlines])  # whole boxes
-        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
-        batch.append({"image": image, "instances": instances, "height": size, "width": size})
-    return batch
 
 
 def training_step(

@@ -10,7 +10,7 @@ posfield detect --weights run/backbone.safetensors --data coco --output det --pr
 
 Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists the layouts, posfield data check
 says what is odd in yours; of a set without a split --val-share 0.2 is kept for validation):
-posfield detect --weights run/backbone.safetensors --data export --output det --accumulate 2 batch_size=16 epochs=50
+posfield detect --weights run/backbone.safetensors --data export --output det --accumulate 0 batch_size=16 epochs=50
 
 A run that was stopped: posfield detect --resume --output det
 
@@ -45,7 +45,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
     add("--data", type=Path, metavar="ROOT", help="of a set of any format; or a .yaml or .json file")
     add("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches a step; 0: as few as fit the GPU (%(default)s)",
+    )
     told = "iscrowd 1: left out, as COCO does, or taken as objects (%(default)s)"
     add("--crowds", default="ignored", choices=("ignored", "objects"), help=told)
     told = "of the images, for validation, where the data have one split alone: 0.2"

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import Dataset
 
 from det_plugin.loader import AUGMENT, STEP, Sample, batches, positions, with_substitute
 from det_plugin.loop import micro_batch_size
+from det_plugin.noise import noise
+from det_plugin.protocol import DetectionProtocol
 from pretrain import distributed
 from pretrain.data.broken import Skipped
 from pretrain.errors import UserError
@@ -43,6 +46,19 @@ class TrainSamples(Dataset[Sample]):
             return self.mapper(self.dicts[index])
 
         return with_substitute(position, len(self.dicts), self.seed, make)
+
+
+def noise_samples(protocol: DetectionProtocol, n_images: int, n_objects: int) -> list[Sample]:
+    """Samples of :func:`det_plugin.noise.noise`, as Detectron2's mapper makes them."""
+    samples = []
+    for own in noise(protocol, n_images, n_objects):
+        height, width = own.image.shape[1:]
+        instances = Instances((height, width))
+        instances.gt_boxes, instances.gt_classes = Boxes(own.boxes), own.classes
+        if protocol.has_masks:
+            instances.gt_masks = PolygonMasks(own.polygons)
+        samples.append({"image": own.image, "instances": instances, "height": height, "width": width})
+    return samples
 
 
 class TrainLoader:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from det_plugin.coco.metrics import check_evaluation
 from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate, leave_result
 from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.loader import noise_samples
 from det_plugin.detectron2_engine.trainer import LAST, AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
-from det_plugin.protocol import other_images, with_overrides
+from det_plugin.noise import most_objects
+from det_plugin.protocol import DetectionProtocol, other_images, with_overrides
 from det_plugin.run import DetectionRun, metrics_to_come
 from pretrain import distributed
 from pretrain.data import digest
@@ -53,14 +56,12 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
     device, recipe = choose_device(run.device).type, run.protocol
     distributed.start(device)
     check_seen(run.output)
+    run = plan.fitted(run, torch.device(device), partial(_try, device=device))
     seed_all_rng(run.seed)
     if recipe.amp and device != "cuda":
         log("warning: amp needs CUDA; the run is in float32")
         recipe = with_overrides(recipe, {"amp": False})
-    keys = "data", "output", "model_kwargs", "checkpointing", "compile", "seed", "workers"
-    how = {key: getattr(run, key) for key in keys}
-    cfg = config(recipe, run.backbone, run.weights, device=device, **how)
-    cfg.dataloader.evaluator.accumulate = run.accumulate
+    cfg = _config(run, recipe, device)
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     data = Data.read(run.data, recipe)  # finds damage before the first iteration
@@ -84,9 +85,9 @@ def train(run: DetectionRun, resume: bool = False, data_changed: bool = False) -
     with deterministic(device == "cpu"):
         counts = len(data.train.pictures), len(data.val.pictures)
         changed = other_images(*counts, recipe.train_share)
-        keeps = distributed.is_main() and is_kept(changed, recipe.max_iters / recipe.eval_every)
+        keeps = distributed.is_main() and is_kept(recipe, changed)
         best = Best(run.output, begins=not (run.output / LAST).is_file()) if keeps else None
-        _fit(cfg, model, run, resume, best)
+        _fit(cfg, model, run, resume, best, counts)
     return run.output / FILE_NAME
 
 
@@ -128,6 +129,28 @@ def _start_logs(folder: Path) -> None:
         setup_logger(str(folder), name=name)
 
 
+def _config(run: DetectionRun, recipe: DetectionProtocol, device: str) -> DictConfig:
+    keys = "data", "output", "model_kwargs", "checkpointing", "compile", "seed", "workers"
+    how = {key: getattr(run, key) for key in keys}
+    cfg = config(recipe, run.backbone, run.weights, device=device, **how)
+    cfg.dataloader.evaluator.accumulate = run.accumulate
+    return cfg
+
+
+def _try(run: DetectionRun, device: str) -> None:
+    """Two steps on noise."""
+    cfg, n_parts = _config(run, run.protocol, device), min(run.accumulate, 2)
+    model = instantiate(cfg.model).to(device).train()
+    cfg.optimizer.params.model = model
+    size = micro_batch_size(run.protocol.batch_size, run.accumulate)
+    part = noise_samples(run.protocol, size, most_objects(run.protocol))
+    how = dict[str, Any](accumulate=n_parts, amp=cfg.train.amp.enabled)
+    trainer = AccumulatingTrainer(model, [part] * 2 * n_parts, instantiate(cfg.optimizer), **how)
+    with EventStorage(0):
+        for trainer.iter in range(2):
+            trainer.run_step()
+
+
 class _Engine:
     """:class:`det_plugin.loop.Engine` of Detectron2's trainer, from its ``start_iter`` on."""
 
@@ -160,7 +183,14 @@ class _Engine:
         self.saver.step(self.trainer.iter)  # the trainer's state holds both
 
 
-def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool, best: Best | None) -> None:
+def _fit(
+    cfg: DictConfig,
+    model: nn.Module,
+    run: DetectionRun,
+    resume: bool,
+    best: Best | None,
+    images: tuple[int, int],
+) -> None:
     folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -188,4 +218,6 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool, bes
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
         engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
-        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter, best)
+        metrics = loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter, best)
+        if metrics and engine.iteration < trainer.max_iter:  # else the evaluator has written it
+            leave_result(saved.load_config(folder, saved.ASKED, trust=True), metrics, images, folder)

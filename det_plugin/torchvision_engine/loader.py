@@ -10,7 +10,9 @@ from torch.utils.data import Dataset
 
 from det_plugin.augment import boxes_of_objects, evaluation_geometry, jitter, objects_of
 from det_plugin.coco.annotations import CocoSplit
+from det_plugin.coco.masks import Polygons
 from det_plugin.loader import AUGMENT, Sample, to_tensor, with_substitute
+from det_plugin.noise import noise
 from det_plugin.protocol import DetectionProtocol
 
 
@@ -45,6 +47,15 @@ class TrainSamples(Dataset[Sample]):
             "labels": torch.from_numpy(classes + 1),  # 0 is background
             **own,
         }
+
+
+def noise_samples(protocol: DetectionProtocol, n_images: int, n_objects: int) -> list[Sample]:
+    """Samples of :func:`det_plugin.noise.noise`, as :class:`TrainSamples` makes them."""
+    samples = []
+    for own in noise(protocol, n_images, n_objects):
+        masks = {"masks": Polygons(own.polygons)} if protocol.has_masks else {}
+        samples.append({"image": own.image, "boxes": own.boxes, "labels": own.classes + 1, **masks})
+    return samples
 
 
 class EvalSamples(Dataset[Sample]):

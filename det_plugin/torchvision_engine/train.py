@@ -3,8 +3,11 @@
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from det_plugin import plan
 from det_plugin.best import Best, is_kept
@@ -13,9 +16,10 @@ from det_plugin.coco.metrics import check_evaluation, in_words
 from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
+from det_plugin.noise import most_objects
 from det_plugin.run import DetectionRun, leave_result, metrics_to_come, run_deviations
 from det_plugin.torchvision_engine import folder
-from det_plugin.torchvision_engine.loader import TrainSamples
+from det_plugin.torchvision_engine.loader import TrainSamples, noise_samples
 from det_plugin.torchvision_engine.predict import evaluate, load_model
 from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain import distributed
@@ -47,6 +51,7 @@ def train(
     device = choose_device(run.device)
     distributed.start(device.type)
     check_seen(run.output)
+    run = plan.fitted(run, device, partial(_try, device=device))
     trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
     check_evaluation(data.val, run.protocol)
@@ -81,12 +86,12 @@ def train(
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     engine = _Engine(trainer, data, end_iter)
-    keeps = distributed.is_main() and is_kept(changed, run.protocol.max_iters / run.protocol.eval_every)
+    keeps = distributed.is_main() and is_kept(run.protocol, changed)
     best = Best(run.output, begins=terms is None) if keeps else None
     # Ends its workers, too; they would keep a stopped process alive
     with deterministic(device.type == "cpu"), closing(engine.batches):
         metrics = fit(engine, run, device, terms, started, end_iter, best)
-    if trainer.iteration == run.protocol.max_iters and distributed.is_main():
+    if metrics and distributed.is_main():
         leave_result(run, metrics, changed, wall_time_s=time.monotonic() - started, **said)
     return run.output / FILE_NAME
 
@@ -117,6 +122,13 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
         metrics, _ = evaluate(model.to(on), split, protocol, **where, show=show)
     log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
+
+
+def _try(run: DetectionRun, device: torch.device) -> None:
+    """Two steps on noise."""
+    trainer, n = Trainer(run, device), run.protocol.batch_size // run.accumulate * min(run.accumulate, 2)
+    for _ in range(2):
+        trainer.step(noise_samples(run.protocol, n, most_objects(run.protocol)))
 
 
 class _Engine:
