@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.windows import Windows, global_blocks, windowed_block
+from pretrain.backbones.attention import Geometry, of_patches
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import ViT
 
@@ -80,18 +81,18 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
         vit.eval()  # each time, for the detector's train() reaches the ViT too
     with torch.set_grad_enabled(torch.is_grad_enabled() and not options.freeze):
         tokens, grid = vit.embed(x)  # [B, S + N, D]
-        buckets = vit.buckets(grid)
+        geometry = vit.geometry(grid)
         if not options.keep_special_tokens:
             tokens = tokens[:, vit.n_prefix :]
-            buckets = None if buckets is None else buckets[vit.n_prefix :, vit.n_prefix :]
-        tokens = _run_blocks(vit, tokens, grid, buckets, options)
+            geometry = of_patches(geometry, vit.n_prefix)
+        tokens = _run_blocks(vit, tokens, grid, geometry, options)
         if options.final_norm:
             tokens = vit.norm(tokens)
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def _run_blocks(
-    vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor | None, options: FeatureOptions
+    vit: ViT, tokens: Tensor, grid: tuple[int, int], geometry: Geometry, options: FeatureOptions
 ) -> Tensor:
     """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
     n_global = options.global_blocks if options.window_size else len(vit.blocks)
@@ -103,7 +104,7 @@ def _run_blocks(
     for i, block in enumerate(vit.blocks):
         windows = None if i in everywhere else Windows(grid, options.window_size)
         own = None if paths is None else paths[i].unsqueeze(-1)
-        arguments: Any = block, tokens, own, windows, buckets
+        arguments: Any = block, tokens, own, windows, geometry
         if options.checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -112,12 +113,12 @@ def _run_blocks(
 
 
 def run_block(
-    block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None
+    block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, geometry: Geometry = None
 ) -> Tensor:
-    """[B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by ``buckets``."""
+    """[B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others."""
     if windows is None:
-        return block(x, None, paths, buckets)  # type: ignore[no-any-return]
-    return windowed_block(block, x, paths, windows)
+        return block(x, None, paths, geometry)  # type: ignore[no-any-return]
+    return windowed_block(block, x, paths, windows, geometry)
 
 
 @cache

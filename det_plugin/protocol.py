@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from pretrain.backbones.vit import size_name
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.settings import Settings, differences, replaced, setting
@@ -180,7 +181,7 @@ def protocol(name: str, backbone: str) -> DetectionProtocol:
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
-    size = backbone.split("_")[1] if "_" in backbone else backbone
+    size = size_name(backbone)
     if size not in LR:
         raise UserError(f"protocol: no learning rate is known for the backbone {backbone!r}")
     return DetectionProtocol(name=name, lr=LR[size], **PROTOCOLS[name])

@@ -5,7 +5,7 @@ Without special tokens a windowed block equals that of Detectron2's ViT (relativ
 pads the normed map with zeros to whole windows and then projects it, so a patch in a border window also
 attends to the projection's bias. Here the map is projected once and padded with that bias. Detectron2's ViT
 has no [CLS] and no registers. Here (ours) every window sees them as keys and values, and they see all tokens.
-Relative positions do not change: two patches are as far apart in a window as in the image.
+Positions do not change: two patches are as far apart in a window as in the image, and rotary angles are the image's.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.backbones.attention import Attention
+from pretrain.backbones.attention import Attention, Geometry
 from pretrain.backbones.block import Block
 from pretrain.backbones.relative import SPECIAL, relative_buckets
+from pretrain.backbones.rotary import Rotation
 from pretrain.errors import UserError
 
 
@@ -37,25 +38,33 @@ def global_blocks(depth: int, n_global: int) -> list[int]:
     return list(range(depth // n_global - 1, depth, depth // n_global))
 
 
-def windowed_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows) -> Tensor:
+def windowed_block(
+    block: Block, x: Tensor, paths: Tensor | None, windows: Windows, geometry: Geometry = None
+) -> Tensor:
     """``block(x, None, paths)``, its attention within windows.
 
     Args:
         x: [B, S + h * w, D], S special tokens first.
         paths: [2, B, 1, 1], factors of the two branches, or None, as in
             :class:`pretrain.backbones.block.Block`.
+        geometry: where the tokens are in the image.
     """
     drop1, drop2 = (block.drop_path, block.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
-    x = x + drop1(block.ls1(windowed_attention(block.attn, block.norm1(x), windows)))
+    x = x + drop1(block.ls1(windowed_attention(block.attn, block.norm1(x), windows, geometry)))
     return x + drop2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Tensor:
+def windowed_attention(
+    attention: Attention, x: Tensor, windows: Windows, geometry: Geometry = None
+) -> Tensor:
     """[B, S + h * w, D] -> [B, S + h * w, D], S special tokens first."""
     (height, width), size = windows
     qkv = attention.qkv(x)  # [B, S + h * w, 3 D]
+    if isinstance(geometry, Rotation):
+        qkv = torch.stack(attention.split(qkv, geometry)).permute(1, 3, 0, 2, 4).flatten(2)
     special, patches = qkv.split([qkv.shape[1] - height * width, height * width], dim=1)
-    padding = attention.qkv.bias.to(qkv.dtype)
+    added = attention.qkv.added
+    padding = qkv.new_zeros(qkv.shape[2]) if added is None else added.to(qkv.dtype)
     parts = partition(patches.unflatten(1, windows.grid), padding, size)  # [B, n, size^2, 3 D]
     n_parts, n_special = parts.shape[1], special.shape[1]
     if n_special:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pretrain.backbones  # noqa: F401  (registers the names)
-from pretrain.backbones.vit import SIZES, ViT
+from pretrain.backbones.vit import SIZES, ViT, size_name
 from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
 from pretrain.settings import Settings, setting
@@ -16,7 +16,7 @@ from pretrain.weights.adapt import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
 # These are settings of a run, not of a network: an override cannot contradict the file.
-RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
+RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale", "tied", "rescale")
 
 
 class BackboneSettings(Settings):
@@ -52,8 +52,8 @@ def build_backbone(
     """Build a backbone, with a checkpoint's weights if one is given.
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``; None where the weights say it, and then
-            the weights may stand in its place.
+        name: ``vit_SIZE_patch16``, ``..._reg4`` (:data:`pretrain.backbones.vit.SIZES`); None where the weights
+            say it, and then the weights may stand in its place.
         weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. It
             determines the network (registers, LayerScale, position encoding, grid, depth, ...).
         source, subnet: those of :func:`pretrain.weights.read_checkpoint`; None: the file tells them.
@@ -109,7 +109,7 @@ def network_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
     """The file's arguments, updated with the run's own. An override that contradicts the file is an error."""
     model_kwargs = {**checkpoint.model_kwargs, "mask_tokens": False}
-    usual = SIZES.get(name.split("_")[1], model_kwargs)
+    usual = SIZES.get(size_name(name) or "", model_kwargs)
     width, depth, registers = (model_kwargs.get(key, 0) for key in ("embed_dim", "depth", "n_registers"))
     if width != usual["embed_dim"]:
         own = f"{name} is {usual['embed_dim']} wide"

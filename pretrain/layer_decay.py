@@ -8,20 +8,21 @@ rate, but it enters at layer 0 like the patches. And LayerScale's gamma does not
 
 LAYER_ZERO = ("patch_embed", "pos_embed", "pos_field", "cls_pos", "cls_token", "reg_token")
 POSITIONS = ("pos_embed", "pos_field", "cls_pos")
-NORMS = ("norm", "norm1", "norm2")
+FINAL_NORMS = ("norm", "cls_norm", "local_cls_norm")
+NORMS = (*FINAL_NORMS, "norm1", "norm2")
 
 
 def lr_rate(name: str, depth: int, decay: float) -> float:
     """The factor on the learning rate: ``decay ** (depth + 1 - layer)``.
 
     Layer 0 is what enters the first block, layer i + 1 is block i of ``depth``, and layer depth + 1 the final
-    norm.
+    norms.
 
     Raises:
         ValueError: the ViT has no such parameter.
     """
     first, _, rest = name.partition(".")
-    layers = {**dict.fromkeys(LAYER_ZERO, 0), "norm": depth + 1}
+    layers = {**dict.fromkeys(LAYER_ZERO, 0), **dict.fromkeys(FINAL_NORMS, depth + 1)}
     if first not in layers and first != "blocks":
         raise ValueError(f"layer decay: {name!r} is no parameter of the ViT")
     layer = int(rest.partition(".")[0]) + 1 if first == "blocks" else layers[first]

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pretrain.backbones.vit import SIZES
+from pretrain.backbones.vit import SIZES, size_name
 from pretrain.build import network_kwargs
 from pretrain.data.datasets import LabelSet, MaskRule
 from pretrain.data.images import n_shared
@@ -65,7 +65,7 @@ def segmenter_config(
 def _model(
     p: SegmentationProtocol, backbone: str, weights: str | Path | None, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    size = SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {})
+    size = SIZES.get(size_name(backbone) or "", {})
     width = {**size, **model_kwargs}.get("embed_dim")
     if width is None:
         raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")

@@ -168,11 +168,11 @@ def pixels(*shape):
 def whole_attention(model, x):
     """Of every layer at once, rows over the patches renormalized: [B, L, heads, N, N]."""
     tokens, grid = model.embed(x)
-    buckets, first, maps = model.buckets(grid), model.n_prefix, []
+    buckets, first, maps = model.geometry(grid), model.n_prefix, []
     for block in model.blocks:
-        weights = block.attn.attention_map(block.norm1(tokens), buckets=buckets)[..., first:, first:]
+        weights = block.attn.attention_map(block.norm1(tokens), geometry=buckets)[..., first:, first:]
         maps.append(weights / weights.sum(-1, keepdim=True))
-        tokens = block(tokens, buckets=buckets)
+        tokens = block(tokens, geometry=buckets)
     return torch.stack(maps, 1)
 
 

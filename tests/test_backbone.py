@@ -8,7 +8,7 @@ import torch
 from backbone_fixture import randomize
 
 from pretrain.backbones.attention import choose_attention
-from pretrain.backbones.vit import ViewGroup, ViT
+from pretrain.backbones.vit import SIZES, ViewGroup, ViT
 from pretrain.build import backbone_names, build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import save_backbone
@@ -68,7 +68,7 @@ def test_feature_map_is_the_patch_grid():
 
 def test_registered_names_and_sizes():
     assert backbone_names() == sorted(
-        f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4")
+        f"vit_{size}_patch16{registers}" for size in SIZES for registers in ("", "_reg4")
     )
     model = build_backbone("vit_small_patch16_reg4", patch_size=14, depth=1)
     assert (model.embed_dim, model.n_registers, model.patch_size) == (384, 4, 14)

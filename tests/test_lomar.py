@@ -230,7 +230,7 @@ def test_what_is_read_and_what_is_dropped(public, file, tmp_path):
     plain = build_backbone(TINY, depth=1)
     older = {key: value for key, value in plain.model_kwargs.items() if key != "relative_positions"}
     ours = save_backbone(tmp_path / "old.safetensors", plain.state_dict(), name=TINY, model_kwargs=older)
-    assert build_backbone(TINY, ours).buckets((2, 2)) is None
+    assert build_backbone(TINY, ours).geometry((2, 2)) is None
 
 
 KEY = "blocks.1.attn.rpe_k.lookup_table_weight"
@@ -341,8 +341,8 @@ def test_attention_maps_are_what_attention_does():
     attention = vit.blocks[0].attn
     with torch.no_grad():
         tokens, grid = vit.embed(x)
-        buckets = vit.buckets(grid)
-        maps = attention.attention_map(tokens, buckets=buckets)
+        buckets = vit.geometry(grid)
+        maps = attention.attention_map(tokens, geometry=buckets)
         values = (maps @ attention.heads(tokens)[2]).transpose(1, 2).flatten(2)
         torch.testing.assert_close(
             attention.proj(values), attention(tokens, None, buckets), rtol=0, atol=1e-5
@@ -350,7 +350,7 @@ def test_attention_maps_are_what_attention_does():
         assert torch.equal(attention.attention_map(tokens, slice(4, 9), buckets), maps[:, :, 4:9])
         torch.testing.assert_close(last_layer(vit, x).patches.sum(-1), torch.ones(2, 15))
     for call in (vit.blocks[0], attention, attention.attention_map):
-        with pytest.raises(ValueError, match=r"relative positions; .* ViT\.buckets\(grid\)"):
+        with pytest.raises(ValueError, match=r"relative positions; .* ViT\.geometry\(grid\)"):
             call(tokens)
 
 

@@ -107,9 +107,9 @@ class Exported(nn.Module):
         self.heads.batched_nms = traceable_nms(protocol.num_classes)
         grid = self.vit.grid_of((self.pad.size, self.pad.size))
         with torch.no_grad():
-            positions, buckets = self.vit.positions(grid).clone(), self.vit.buckets(grid)
+            positions, geometry = self.vit.positions(grid).clone(), self.vit.geometry(grid)
         self.vit.positions = lambda grid, boxes, flips: positions
-        self.vit.buckets = lambda grid: buckets
+        self.vit.geometry = lambda grid: geometry
         self.register_buffer("category_ids", torch.tensor(category_ids))  # [K]
 
     def forward(self, image: Tensor, min_score: Tensor) -> tuple[Tensor, ...]:

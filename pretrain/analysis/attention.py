@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.backbones.attention import Attention
+from pretrain.backbones.attention import Attention, Geometry, buckets_of
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import ViT
 
@@ -61,16 +61,16 @@ def over_patches(weights: Tensor, n_prefix: int) -> Tensor:
     return torch.where(total > 0, to_patches / total, 1 / to_patches.shape[-1])
 
 
-def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Iterator[tuple[Block, Tensor]]:
+def layer_inputs(backbone: ViT, tokens: Tensor, geometry: Geometry) -> Iterator[tuple[Block, Tensor]]:
     """Each block in turn, with the tokens [B, T, D] that enter it; what the last one gives is not computed.
 
     Args:
-        tokens, buckets: of ``backbone.embed`` and ``backbone.buckets``.
+        tokens, geometry: of ``backbone.embed`` and ``backbone.geometry``.
     """
     previous: Block | None = None
     for block in backbone.blocks:
         assert isinstance(block, Block)
-        tokens = tokens if previous is None else previous(tokens, buckets=buckets)
+        tokens = tokens if previous is None else previous(tokens, geometry=geometry)
         yield block, tokens
         previous = block
 
@@ -86,11 +86,11 @@ def last_layer(
         boxes, flips: [B, 4], [B]: position boxes of crops, none for whole images.
     """
     tokens, grid = backbone.embed(x, boxes, flips)
-    buckets = backbone.buckets(grid)
-    *_, (last, tokens) = layer_inputs(backbone, tokens, buckets)
-    weights = last.attn.attention_map(last.norm1(tokens), buckets=buckets)  # [B, heads, T, T]
+    geometry = backbone.geometry(grid, boxes, flips)
+    *_, (last, tokens) = layer_inputs(backbone, tokens, geometry)
+    weights = last.attn.attention_map(last.norm1(tokens), geometry=geometry)  # [B, heads, T, T]
     rows = over_patches(weights, backbone.n_prefix).mean(1)  # [B, T, N]
-    features = backbone.split(backbone.norm(last(tokens, buckets=buckets))).patches
+    features = backbone.split(backbone.norm(last(tokens, geometry=geometry))).patches
     patches = rows[:, backbone.n_prefix :]
     return LastLayer(rows[:, 0] if backbone.has_cls else patches.mean(1), patches, features)
 
@@ -113,14 +113,14 @@ def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, floa
         [B, Q, h, w], each map summing to 1.
     """
     tokens, grid = backbone.embed(x)
-    buckets = backbone.buckets(grid)
-    *_, (last, tokens) = layer_inputs(backbone, tokens, buckets)
+    geometry = backbone.geometry(grid)
+    *_, (last, tokens) = layer_inputs(backbone, tokens, geometry)
     normed = last.norm1(tokens)
     rows = []
     for place in places:
         i, j = patch_at(place, grid)
         query = backbone.n_prefix + i * grid[1] + j
-        weights = last.attn.attention_map(normed, slice(query, query + 1), buckets)  # [B, heads, 1, T]
+        weights = last.attn.attention_map(normed, slice(query, query + 1), geometry)  # [B, heads, 1, T]
         rows.append(over_patches(weights.float(), backbone.n_prefix).mean(1))  # [B, 1, N]
     return torch.cat(rows, dim=1).unflatten(2, grid)
 
@@ -162,23 +162,24 @@ def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statis
     """
     assert block > 0, block
     tokens, grid = backbone.embed(x)
-    buckets = backbone.buckets(grid)
+    geometry = backbone.geometry(grid)
     layers = []
-    for layer, entering in layer_inputs(backbone, tokens, buckets):
-        blocks = row_blocks(layer.attn, layer.norm1(entering), backbone.n_prefix, buckets, block)
+    for layer, entering in layer_inputs(backbone, tokens, geometry):
+        blocks = row_blocks(layer.attn, layer.norm1(entering), backbone.n_prefix, geometry, block)
         layers.append(streamed_statistics(blocks, grid, backbone.patch_size))
     return Statistics(*(torch.stack(values, dim=1).cpu().double() for values in zip(*layers)))
 
 
 def row_blocks(
-    attention: Attention, x: Tensor, n_prefix: int, buckets: Tensor | None, block: int
+    attention: Attention, x: Tensor, n_prefix: int, geometry: Geometry, block: int
 ) -> Iterator[Tensor]:
     """Patch-to-patch attention of a layer's normed input [B, T, D], ``block`` queries at a time.
 
     Yields:
         [B, heads, M, N], float32 (float64 of a float64 model), the caller's to change.
     """
-    (q, k, _), exact = attention.heads(x), torch.promote_types(x.dtype, torch.float32)
+    (q, k, _), exact = attention.heads(x, geometry), torch.promote_types(x.dtype, torch.float32)
+    buckets = buckets_of(geometry)
     for start in range(n_prefix, x.shape[1], block):
         queries = slice(start, start + block)
         of_block = None if buckets is None else buckets[queries]

@@ -2,17 +2,21 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.backbones.relative import RelativePositions
+from pretrain.backbones.rotary import Rotation, rotate
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
 Shapes = Sequence[tuple[int, int]]  # of packed sequences: (how many, how long) for each length
-# of relative positions, [N, N]; of packed sequences one for each length
-Buckets = Tensor | Sequence[Tensor | None] | None
+# Where a sequence's tokens are: buckets [N, N] of relative positions, angles of rotary ones, or nothing
+Geometry = Tensor | Rotation | None
+Geometries = Geometry | Sequence[Geometry]  # of packed sequences one for each length
+QKV_BIASES = ("all", "no_key", "none")
 
 
 def choose_attention(name: str, relative_positions: bool = False) -> str:
@@ -38,6 +42,29 @@ def choose_attention(name: str, relative_positions: bool = False) -> str:
     return "xformers"
 
 
+class Qkv(nn.Linear):
+    """The projection to queries, keys and values side by side; ``no_key``: the keys' part of its bias is not added."""
+
+    bias_mask: Tensor  # [3 D]
+
+    def __init__(self, dim: int, bias: str) -> None:
+        super().__init__(dim, 3 * dim, bias=bias != "none")
+        self.has_key_bias = bias != "no_key"
+        if not self.has_key_bias:
+            self.register_buffer(
+                "bias_mask", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim), persistent=False
+            )
+
+    @property
+    def added(self) -> Tensor | None:
+        """The bias as it is added, [3 D]."""
+        return self.bias if self.has_key_bias or self.bias is None else self.bias * self.bias_mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., 3 D]."""
+        return F.linear(x, self.weight, self.added)
+
+
 class Attention(nn.Module):
     """Self-attention with one fused qkv projection (keys ``qkv``, ``proj``, as timm's).
 
@@ -45,46 +72,55 @@ class Attention(nn.Module):
     N), ...) tells which belong together. The projections then run once over all rows, the kernel once for
     each shape.
 
-    With ``relative_positions`` (key ``rpe_k``, :mod:`pretrain.backbones.relative`; SDPA only) every pass also
-    takes ``buckets``, the :meth:`pretrain.backbones.vit.ViT.buckets` of its grid, which tell where the tokens
-    are.
+    With ``relative_positions`` (key ``rpe_k``, :mod:`pretrain.backbones.relative`; SDPA only) or rotary ones
+    (:mod:`pretrain.backbones.rotary`) every pass also takes the :meth:`pretrain.backbones.vit.ViT.geometry` of its grid,
+    which tells where the tokens are.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, backend: str = "sdpa", relative_positions: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        backend: str = "sdpa",
+        relative_positions: bool = False,
+        qkv_bias: str = "all",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Qkv(dim, qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.rpe_k = RelativePositions(dim // num_heads) if relative_positions else None
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, geometry: Geometry = None) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query, key, value, each [B, heads, N, D / heads]."""
-        return self.split(self.qkv(x))
+        return self.split(self.qkv(x), geometry)
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads]."""
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def split(self, qkv: Tensor, geometry: Geometry = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads], the first two turned by rotary positions."""
+        parts = qkv.unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
+        if isinstance(geometry, Rotation):
+            q, k = rotate(parts[:, :, :2], geometry).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, parts[:, :, 2].transpose(1, 2)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, buckets: Buckets = None) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes | None = None, geometry: Geometries = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; packed, with ``shapes``: [T, D] -> [T, D]."""
         qkv = self.qkv(x)
         if shapes is None:
-            assert buckets is None or isinstance(buckets, Tensor)
-            return self.proj(self.attend(qkv, buckets))
+            assert geometry is None or isinstance(geometry, Tensor | Rotation)
+            return self.proj(self.attend(qkv, geometry))
         parts = qkv.split([b * n for b, n in shapes])
-        of_each = [None] * len(shapes) if buckets is None else buckets
+        of_each: Any = [None] * len(shapes) if geometry is None else geometry
         attended = [
             self.attend(p.unflatten(0, shape), i).flatten(0, 1) for p, shape, i in zip(parts, shapes, of_each)
         ]
         return self.proj(torch.cat(attended))
 
-    def attend(self, qkv: Tensor, buckets: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, geometry: Geometry = None) -> Tensor:
         """[B, N, 3 D] -> the values that each query attends to, heads side by side, [B, N, D]."""
-        return self.look_up(*self.split(qkv), buckets)
+        return self.look_up(*self.split(qkv, geometry), buckets_of(geometry))
 
     def look_up(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None = None) -> Tensor:
         """The kernel. Query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> [B, M, D]."""
@@ -105,17 +141,18 @@ class Attention(nn.Module):
         if self.rpe_k is None:
             return None
         if buckets is None:
-            needed = "its blocks need the buckets of the grid, ViT.buckets(grid)"
+            needed = "its blocks need the buckets of the grid, ViT.geometry(grid)"
             raise ValueError(f"attention: this ViT has relative positions; {needed}")
         return self.rpe_k(q, buckets)  # type: ignore[no-any-return]
 
-    def attention_map(self, x: Tensor, queries: slice = slice(None), buckets: Tensor | None = None) -> Tensor:
+    def attention_map(self, x: Tensor, queries: slice = slice(None), geometry: Geometry = None) -> Tensor:
         """The softmax weights of some queries or all, [B, heads, M (query), N (key)]; for analysis.
 
         Args:
-            buckets: [N, N], of all queries.
+            geometry: of all queries.
         """
-        q, k, _ = self.heads(x)
+        q, k, _ = self.heads(x, geometry)
+        buckets = buckets_of(geometry)
         return self.weights(q[:, :, queries], k, None if buckets is None else buckets[queries])
 
     def weights(self, q: Tensor, k: Tensor, buckets: Tensor | None = None) -> Tensor:
@@ -123,3 +160,15 @@ class Attention(nn.Module):
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         added = self.relative_logits(q, buckets)
         return (logits if added is None else logits + added).softmax(-1)
+
+
+def of_patches(geometry: Geometry, n_special: int) -> Geometry:
+    """Without the special tokens, which stand first."""
+    if isinstance(geometry, Rotation):
+        return Rotation(*(t[:, n_special:] for t in geometry))
+    return None if geometry is None else geometry[n_special:, n_special:]
+
+
+def buckets_of(geometry: Geometry) -> Tensor | None:
+    """What relative positions add to logits by."""
+    return None if isinstance(geometry, Rotation) else geometry

@@ -4,10 +4,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.backbones.attention import Attention, Buckets, Shapes
+from pretrain.backbones.attention import Attention, Geometries, Shapes
 
 GELUS = {"erf": "none", "tanh": "tanh"}
 CHECKPOINTINGS = ("none", "full", "selective")
@@ -36,6 +37,21 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """SiLU of one half of a linear layer gates the other (Shazeer, 2020). Keys are timm's: ``fc1`` holds the gate's rows
+    first, ``fc2``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gate, value = self.fc1(x).chunk(2, -1)
+        return self.fc2(F.silu(gate) * value)
 
 
 class LayerScale(nn.Module):
@@ -80,18 +96,24 @@ class Block(nn.Module):
         gelu: str,
         attention: str,
         relative_positions: bool = False,
+        qkv_bias: str = "all",
+        swiglu: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
-        self.attn = Attention(dim, num_heads, attention, relative_positions)
+        self.attn = Attention(dim, num_heads, attention, relative_positions, qkv_bias)
         self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        self.mlp = SwiGlu(dim, round(dim * mlp_ratio)) if swiglu else Mlp(dim, int(dim * mlp_ratio), gelu)
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None, buckets: Buckets = None
+        self,
+        x: Tensor,
+        shapes: Shapes | None = None,
+        paths: Tensor | None = None,
+        geometry: Geometries = None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D], or packed rows [T, D] -> [T, D].
 
@@ -99,10 +121,10 @@ class Block(nn.Module):
             shapes: of packed rows, see :class:`pretrain.backbones.attention.Attention`.
             paths: [2, T, 1], factors of the two branches (0: dropped), drawn by the caller; None:
                 :class:`DropPath` draws them.
-            buckets: of relative positions, see :meth:`pretrain.backbones.vit.ViT.buckets`; None without them.
+            geometry: where the tokens are, see :meth:`pretrain.backbones.vit.ViT.geometry`.
         """
         drop1, drop2 = (self.drop_path, self.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
-        x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes, buckets)))
+        x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes, geometry)))
         return x + drop2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -111,20 +133,20 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, buckets: Buckets = None
+    block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, geometry: Geometries = None
 ) -> Tensor:
     """A block on packed rows [T, D]; checkpointed: less memory, the same numbers.
 
     Args:
-        paths, buckets: see :class:`Block`; the caller draws the paths, so nothing is drawn twice.
+        paths, geometry: see :class:`Block`; the caller draws the paths, so nothing is drawn twice.
         rule: ``none`` | ``full``: the backward pass recomputes the whole block | ``selective``: all but
             matrix products and attention.
     """
     assert rule in CHECKPOINTINGS, rule
     if rule == "none" or not torch.is_grad_enabled():
-        return block(x, shapes, paths, buckets)  # type: ignore[no-any-return]
+        return block(x, shapes, paths, geometry)  # type: ignore[no-any-return]
     context: dict[str, Any] = {}
     if rule == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     context |= {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(block, x, shapes, paths, buckets, **context)  # type: ignore[no-any-return]
+    return checkpoint(block, x, shapes, paths, geometry, **context)  # type: ignore[no-any-return]

@@ -2,8 +2,8 @@
 
 Keys are timm's (cls_token, pos_embed, patch_embed.proj, blocks.N.norm1 / attn.qkv / attn.proj / norm2 /
 mlp.fc1 / mlp.fc2 / ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50, 50] and
-``cls_pos`` [1, 1, D] stand in place of ``pos_embed``. What other methods' networks lack can be left out:
-[CLS], the final norm, positions.
+``cls_pos`` [1, 1, D] stand in place of ``pos_embed``; rotary ones have no parameters. What other methods' networks
+lack can be left out: [CLS], the final norm, positions, biases.
 """
 
 import math
@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.backbones.attention import Shapes, choose_attention
+from pretrain.backbones.attention import QKV_BIASES, Geometry, Shapes, choose_attention
 from pretrain.backbones.block import GELUS, Block, run_block
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS, resample_grid, sample_field
 from pretrain.backbones.relative import relative_buckets
+from pretrain.backbones.rotary import behind_special, of_patches, rotation
+from pretrain.precision import at_least_float32
 from pretrain.registry import BACKBONES
 
-POS_ENCODINGS = ("field", "standard", "none")
+POS_ENCODINGS = ("field", "standard", "rotary", "none")
 
 
 class Tokens(NamedTuple):
@@ -40,6 +42,7 @@ class ViewGroup(NamedTuple):
     content_mask: Tensor | None = None  # [B, N]
     position_mask: Tensor | None = None  # [B, N]
     visible: Tensor | None = None  # [B, n]
+    is_local: bool = False
 
 
 class PatchEmbed(nn.Module):
@@ -66,9 +69,9 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     """
     if encoding not in POS_ENCODINGS:
         raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
-    if encoding == "none":
+    if encoding in ("rotary", "none"):
         if grid or interpolation not in (None, "none"):
-            given = f"pos_encoding 'none' has neither, not {grid} and {interpolation!r}"
+            given = f"pos_encoding {encoding!r} has neither, not {grid} and {interpolation!r}"
             raise ValueError(f"pos_grid and pos_interpolation: {given}")
         return 0, "none"
     is_field = encoding == "field"
@@ -80,6 +83,26 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     return grid or (50 if is_field else 14), interpolation
 
 
+def check_options(**given: Any) -> None:
+    """Arguments of :class:`ViT` that exclude each other.
+
+    Raises:
+        ValueError: by name.
+    """
+    dim, heads = given["embed_dim"], given["num_heads"]
+    if given["gelu"] not in GELUS:
+        raise ValueError(f"gelu: {given['gelu']!r} is none of {tuple(GELUS)}")
+    if dim % heads:
+        raise ValueError(f"num_heads: {heads} does not divide embed_dim {dim}")
+    if given["qkv_bias"] not in QKV_BIASES:
+        raise ValueError(f"qkv_bias: {given['qkv_bias']!r} is none of {QKV_BIASES}")
+    if given["pos_encoding"] == "rotary" and (given["relative_positions"] or dim // heads % 4):
+        needed = "needs heads whose width is a multiple of 4, and no relative positions"
+        raise ValueError(f"pos_encoding 'rotary' {needed}")
+    if (given["cls_norm"] or given["local_cls_norm"]) and not (given["has_cls"] and given["final_norm"]):
+        raise ValueError("cls_norm and local_cls_norm: there is no [CLS], or no final norm")
+
+
 class ViT(nn.Module):
     """Plain ViT: no windows, any input size.
 
@@ -89,8 +112,8 @@ class ViT(nn.Module):
         n_registers: learned tokens without a position between [CLS] and the patches (DINOv2-reg).
         layerscale: initial value of LayerScale, none for no LayerScale.
         drop_path: stochastic depth of the last block; linear from 0 over the blocks.
-        pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes) or
-            ``none``.
+        pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes), ``rotary``
+            (DINOv3; :mod:`pretrain.backbones.rotary`) or ``none``.
         pos_grid: side of the field (paper: 50) or of the learned grid (14 for 224 px).
         pos_interpolation: none for the encoding's default (``bicubic`` | ``dinov2``); see
             :mod:`pretrain.backbones.position`.
@@ -101,7 +124,14 @@ class ViT(nn.Module):
         has_cls: there is a [CLS] token, with a position of its own.
         final_norm: there is a norm after the last block.
         relative_positions: attention adds LoMaR's contextual relative positions
-            (:mod:`pretrain.backbones.relative`), with any ``pos_encoding``, in LoMaR ``none``.
+            (:mod:`pretrain.backbones.relative`), with any ``pos_encoding`` but ``rotary``, in LoMaR ``none``.
+        qkv_bias: ``all`` | ``no_key`` (DINOv3) | ``none`` (its 7B).
+        swiglu: the MLP is gated (:class:`pretrain.backbones.block.SwiGlu`), ``mlp_ratio`` its hidden width to ``embed_dim``.
+        cls_norm: [CLS] and registers have a final norm of their own.
+        local_cls_norm: those of local crops have one while training (DINOv3's 7B and ViT-L of satellite images).
+        tied: rotary positions are those of crops (ours), else each view spans the image (DINOv3). Of a training, not of
+            a network, as are ``drop_path``, ``attention`` and the next.
+        rescale: R: training multiplies untied rotary places by a factor, log-uniform in [1 / R, R], one a pass (DINOv3: 2).
 
     Raises:
         ValueError: an option that does not exist, by name.
@@ -128,12 +158,14 @@ class ViT(nn.Module):
         has_cls: bool = True,
         final_norm: bool = True,
         relative_positions: bool = False,
+        qkv_bias: str = "all",
+        swiglu: bool = False,
+        cls_norm: bool = False,
+        local_cls_norm: bool = False,
+        tied: bool = True,
+        rescale: float = 1.0,
     ) -> None:
         super().__init__()
-        if gelu not in GELUS:
-            raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
         self.embed_dim, self.patch_size = embed_dim, patch_size
         self.n_registers, self.has_cls = n_registers, has_cls
@@ -147,18 +179,19 @@ class ViT(nn.Module):
         )
         self.model_kwargs: dict[str, Any] = {**sizes, **tokens, **places, **kinds}
         self.model_kwargs["relative_positions"] = relative_positions
-        self.drop_path = drop_path
+        # Newer ones: what files and hashes of before say by silence
+        added = dict(qkv_bias=qkv_bias, swiglu=swiglu, cls_norm=cls_norm, local_cls_norm=local_cls_norm)
+        self.model_kwargs |= {key: value for key, value in added.items() if value not in (False, "all")}
+        check_options(**{**self.model_kwargs, **added})
+        self.drop_path, self.tied, self.rescale = drop_path, tied, rescale
         self.checkpointing = "none"  # of packed passes, see :func:`pretrain.backbones.block.run_block`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
-        backend = choose_attention(attention, relative_positions)
-        rates = torch.linspace(0, drop_path, depth).tolist()
-        widths, rest = (
-            (embed_dim, num_heads, mlp_ratio, layerscale),
-            (ln_eps, gelu, backend, relative_positions),
-        )
-        self.blocks = nn.ModuleList(Block(*widths, rate, *rest) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
+        self._make_blocks(attention, qkv_bias, swiglu)
+        norm = lambda: nn.LayerNorm(embed_dim, eps=ln_eps)  # noqa: E731
+        self.norm = norm() if final_norm else nn.Identity()
+        self.cls_norm = norm() if cls_norm else None
+        self.local_cls_norm = norm() if local_cls_norm else None
         self._init_weights()
 
     def _make_tokens(self, mask_tokens: bool) -> None:
@@ -178,12 +211,24 @@ class ViT(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
+    def _make_blocks(self, attention: str, qkv_bias: str, swiglu: bool) -> None:
+        own, names = self.model_kwargs, ("ln_eps", "gelu", "relative_positions")
+        dim, heads, ratio, layerscale = (
+            own[k] for k in ("embed_dim", "num_heads", "mlp_ratio", "layerscale")
+        )
+        how: dict[str, Any] = {key: own[key] for key in names} | dict(qkv_bias=qkv_bias, swiglu=swiglu)
+        how["attention"] = choose_attention(attention, own["relative_positions"])
+        rates = torch.linspace(0, self.drop_path, own["depth"]).tolist()
+        blocks = (Block(dim, heads, ratio, layerscale, rate, **how) for rate in rates)
+        self.blocks = nn.ModuleList(blocks)
+
     def _init_weights(self) -> None:
         """DINOv2's initialization (METHOD.md 4); mask_token stays zero, as DINOv2's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for name in ("cls_token", "reg_token"):
             if hasattr(self, name):
                 nn.init.normal_(getattr(self, name), std=1e-6)
@@ -203,20 +248,20 @@ class ViT(nn.Module):
 
     def cls_input(self) -> Tensor:
         """The [CLS] token with its position, [1, 1, D]: a learned vector of its own, whatever the crop."""
-        if self.pos_encoding == "none":
+        if self.pos_encoding in ("rotary", "none"):
             return self.cls_token
         return self.cls_token + (self.cls_pos if self.pos_encoding == "field" else self.pos_embed[:, :1])
 
     def positions(
         self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None
     ) -> Tensor:
-        """Position embeddings of the patches of a grid (h, w).
+        """Position embeddings of the patches of a grid (h, w); zeros where there are none to add.
 
         Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4]
         (image units) and ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding ignores them
         (DINOv2's way).
         """
-        if self.pos_encoding == "none":
+        if self.pos_encoding in ("rotary", "none"):
             return self.patch_embed.proj.weight.new_zeros(1, grid[0] * grid[1], self.embed_dim)
         if self.pos_encoding == "standard":
             learned = self.pos_embed[:, self.has_cls :].unflatten(1, (self.pos_grid, -1))  # [1, G, G, D]
@@ -225,16 +270,45 @@ class ViT(nn.Module):
             boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.pos_field.device)
         return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
 
-    def buckets(self, grid: tuple[int, int]) -> Tensor | None:
-        """What blocks must be told of a grid (h, w): ``block(tokens, buckets=vit.buckets(grid))``.
+    def geometry(
+        self,
+        grid: tuple[int, int],
+        boxes: Tensor | None = None,
+        flips: Tensor | None = None,
+        position_mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        rescale: Tensor | float = 1.0,
+    ) -> Geometry:
+        """What blocks must be told of where the tokens are: ``block(tokens, geometry=vit.geometry(grid))``.
+
+        Args:
+            grid: (h, w) of the patches.
+            boxes, flips, position_mask, visible: of :meth:`embed`, with whose tokens it goes.
+            rescale: factor on rotary places (:meth:`draw_rescale`).
 
         Returns:
-            [S + N, S + N] long, the relative position of each query and key, special tokens first; none where
-            there are no relative positions.
+            the angles of rotary positions; [S + N, S + N] long, the relative position of each query and key, special
+            tokens first; None where there is neither.
         """
-        if not self.model_kwargs["relative_positions"]:
+        device = self.patch_embed.proj.weight.device
+        if self.model_kwargs["relative_positions"]:
+            return relative_buckets(grid, self.n_prefix, device)
+        if self.pos_encoding != "rotary":
             return None
-        return relative_buckets(grid, self.n_prefix, self.patch_embed.proj.weight.device)
+        if boxes is None or not self.tied:  # the whole image
+            boxes, flips = at_least_float32(self.patch_embed.proj.weight).new_tensor([[0, 0, 1, 1]]), None
+        boxes = boxes.to(device, torch.promote_types(self.patch_embed.proj.weight.dtype, torch.float32))
+        flips = None if flips is None else flips.to(device)
+        head_dim = self.embed_dim // self.model_kwargs["num_heads"]
+        angles = rotation(boxes, grid, head_dim, flips, position_mask, rescale)
+        return behind_special(angles if visible is None else of_patches(angles, visible), self.n_prefix)
+
+    def draw_rescale(self) -> Tensor | float:
+        """The factor of a pass on rotary places."""
+        if not self.training or self.tied or self.rescale == 1 or self.pos_encoding != "rotary":
+            return 1.0
+        drawn = 2 * torch.rand((), device=self.patch_embed.proj.weight.device) - 1
+        return (drawn * math.log(self.rescale)).exp()
 
     def preprocess(self, image: Any, size_px: int | None = None) -> Tensor:
         """An image as this backbone takes it, on its device: [1, 3, H, W], RGB, ImageNet's mean and deviation
@@ -304,13 +378,14 @@ class ViT(nn.Module):
         content_mask: Tensor | None = None,
         position_mask: Tensor | None = None,
         visible: Tensor | None = None,
+        is_local: bool = False,
     ) -> Tokens:
-        """Tokens after the final norm; the arguments are those of :meth:`embed`."""
+        """Tokens after the final norm; the arguments are those of :meth:`embed` and :meth:`normed`."""
         tokens, grid = self.embed(x, boxes, flips, content_mask, position_mask, visible)
-        buckets = self.buckets(grid)
+        geometry = self.geometry(grid, boxes, flips, position_mask, visible, self.draw_rescale())
         for block in self.blocks:
-            tokens = block(tokens, buckets=buckets)
-        return self.split(self.norm(tokens))
+            tokens = block(tokens, geometry=geometry)
+        return self.split(self.normed(tokens, is_local))
 
     def forward_views(self, groups: Sequence[ViewGroup]) -> list[Tokens]:
         """Views of several sizes in one pass: their rows are packed, only attention knows the sequences.
@@ -318,13 +393,21 @@ class ViT(nn.Module):
         Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one
         group after the other.
         """
-        embedded, grids = zip(*(self.embed(*group) for group in groups))  # each [B, n, D] and (h, w)
-        buckets = [self.buckets(grid) for grid in grids]
+        embedded, grids = zip(*(self.embed(*group[:6]) for group in groups))  # each [B, n, D] and (h, w)
+        rescale = self.draw_rescale()
+        geometry = [
+            self.geometry(grid, of.boxes, of.flips, of.position_mask, of.visible, rescale)
+            for grid, of in zip(grids, groups)
+        ]
         shapes: Shapes = [(x.shape[0], x.shape[1]) for x in embedded]
         x = torch.cat([e.flatten(0, 1) for e in embedded])  # [T, D]
         paths = self.draw_paths(shapes, x.device)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, shapes, None if paths is None else paths[i], self.checkpointing, buckets)
+            x = run_block(block, x, shapes, None if paths is None else paths[i], self.checkpointing, geometry)
+        if self.cls_norm or self.local_cls_norm:
+            parts = x.split([b * n for b, n in shapes])
+            tokens = [self.normed(p.unflatten(0, s), of.is_local) for p, s, of in zip(parts, shapes, groups)]
+            return [self.split(own) for own in tokens]
         packed = self.norm(x).split([b * n for b, n in shapes])
         return [self.split(rows.unflatten(0, shape)) for rows, shape in zip(packed, shapes)]
 
@@ -339,6 +422,17 @@ class ViT(nn.Module):
         rows = [f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)]
         return torch.cat(rows, 2).unsqueeze(-1)
 
+    def normed(self, tokens: Tensor, is_local: bool = False) -> Tensor:
+        """[B, S + N, D] after the final norm.
+
+        Args:
+            is_local: of local crops, whose special tokens may have a norm of their own while training.
+        """
+        own = self.local_cls_norm if is_local and self.training and self.local_cls_norm else self.cls_norm
+        if own is None:
+            return self.norm(tokens)
+        return torch.cat([own(tokens[:, : self.n_prefix]), self.norm(tokens[:, self.n_prefix :])], 1)
+
     def split(self, tokens: Tensor) -> Tokens:
         """[B, S + N, D] -> [CLS], registers, patches."""
         special, patches = tokens[:, : self.n_prefix], tokens[:, self.n_prefix :]
@@ -350,12 +444,29 @@ class ViT(nn.Module):
         return self(x).patches.transpose(1, 2).unflatten(2, self.grid_of(x.shape[2:]))
 
 
-SIZES: Mapping[str, dict[str, int]] = {
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
-    "small": dict(embed_dim=384, depth=12, num_heads=6),
-    "base": dict(embed_dim=768, depth=12, num_heads=12),
-    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+def _row(embed_dim: int, depth: int, num_heads: int, gated: int = 0) -> dict[str, Any]:
+    """A row of :data:`SIZES`; ``gated``: the hidden width of a SwiGLU."""
+    size = dict[str, Any](embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    return {**size, "swiglu": True, "mlp_ratio": gated / embed_dim} if gated else size
+
+
+SIZES: Mapping[str, dict[str, Any]] = {
+    "tiny": _row(192, 12, 3),
+    "small": _row(384, 12, 6),
+    "small_plus": _row(384, 12, 6, gated=1536),  # DINOv3's, as the next ones
+    "base": _row(768, 12, 12),
+    "large": _row(1024, 24, 16),
+    "large_plus": _row(1024, 24, 16, gated=4096),
+    "huge_plus": _row(1280, 32, 20, gated=5120),
+    "giant": _row(1536, 40, 24, gated=4096),  # DINOv2's
+    "7b": _row(4096, 40, 32, gated=8192),
 }
+
+
+def size_name(backbone: str) -> str | None:
+    """The key of :data:`SIZES` in a registry name; None where it is not one of these."""
+    size = backbone.removeprefix("vit_").partition("_patch")[0]
+    return size if size in SIZES and backbone.startswith(f"vit_{size}_patch") else None
 
 
 def _register(size: str, n_registers: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.backbones.vit import SIZES
+from pretrain.backbones.vit import SIZES, size_name
 from pretrain.benchmark.turns import Work, in_turns, report
 from pretrain.config import load_config
 from pretrain.device import choose_device
@@ -37,7 +37,7 @@ def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str)
     """One forward and backward pass of three heads and their losses, ``n_rows`` rows at a time (0: all)."""
     where, config = torch.device(device), load_config()
     torch.manual_seed(0)
-    dim, heads = SIZES[backbone.split("_")[1]]["embed_dim"], config.heads
+    dim, heads = SIZES[size_name(backbone) or ""]["embed_dim"], config.heads
     shape = (heads.n_prototypes, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
     student, teacher = ([ProjectionHead(dim, *shape).to(where) for _ in range(3)] for _ in range(2))
     n_masked = int(n_images * config.crops.n_global * 196 * sum(config.masks.ratio) / 2 * 0.5)  # of a kind

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pretrain import distributed
-from pretrain.backbones.vit import SIZES
+from pretrain.backbones.vit import SIZES, size_name
 from pretrain.benchmark.data import write_photographs
 from pretrain.benchmark.turns import Work, in_turns, report, settle
 from pretrain.config import load_config
@@ -132,7 +132,7 @@ def flops_an_image(config: Any) -> float:
     not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
-    size = SIZES[backbone.name.split("_")[1]]
+    size = SIZES[size_name(backbone.name) or ""]
     dim, depth = size["embed_dim"], backbone.depth or size["depth"]
 
     def forward(px: int) -> float:

@@ -97,13 +97,13 @@ class Features:
         found: list[Tensor] = []
         last, third = self.backbone.blocks[-1], ("queries", "keys", "values").index(which)
         assert isinstance(last, Block)
-        own = last.attn.qkv.bias.chunk(3)[third]
+        added = last.attn.qkv.added
         keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[third]))  # noqa: E731
         with last.attn.qkv.register_forward_hook(keep):
             for _ in self._passes(images):
                 pass
         patches = finite(torch.cat(found)[:, self.backbone.n_prefix :])
-        return patches if bias else patches - at_least_float32(own)
+        return patches if bias or added is None else patches - at_least_float32(added.chunk(3)[third])
 
     def _passes(self, images: Tensor, masks: Tensor | None = None) -> Iterator[tuple[int, Tokens]]:
         """Number of images done, and the tokens of the last of them."""

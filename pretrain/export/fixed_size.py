@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from pretrain.backbones.attention import buckets_of
+from pretrain.backbones.rotary import Rotation
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.errors import UserError, ensure
 from pretrain.files import write_safetensors
@@ -56,25 +58,32 @@ class FixedSizeViT(nn.Module):
     prefix: Tensor  # [1, S, D]
     position: Tensor  # [1, N, D]
     buckets: Tensor | None  # [S + N, S + N], of relative positions
+    cos: Tensor | None  # [1, S + N, d / 2], of rotary positions
+    sin: Tensor | None
 
     def __init__(self, vit: ViT, size: Size) -> None:
         super().__init__()
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
-        self.norm, self.split = vit.norm, vit.split
+        self.norm, self.cls_norm = vit.norm, vit.cls_norm
+        self.normed, self.split = vit.normed, vit.split
         with torch.no_grad():
             tokens, self.grid = vit.embed(vit.patch_embed.proj.weight.new_zeros(1, 3, *size))
             self.register_buffer("prefix", tokens[:, : vit.n_prefix].clone())
             self.register_buffer("position", vit.positions(self.grid).clone())
-            self.register_buffer("buckets", vit.buckets(self.grid))
+            geometry = vit.geometry(self.grid)
+            angles = geometry if isinstance(geometry, Rotation) else (None, None)
+            for name, part in zip(("buckets", "cos", "sin"), (buckets_of(geometry), *angles)):
+                self.register_buffer(name, part)
         self.eval()
 
     def forward(self, image: Tensor) -> Outputs:
         """[B, 3, H, W] -> :func:`outputs_of` the tokens after the final norm."""
         content = self.patch_embed(image).flatten(2).transpose(1, 2)  # [B, N, D]
         tokens = torch.cat([self.prefix.expand(image.shape[0], -1, -1), content + self.position], dim=1)
+        geometry = self.buckets if self.cos is None or self.sin is None else Rotation(self.cos, self.sin)
         for block in self.blocks:
-            tokens = block(tokens, buckets=self.buckets)
-        return outputs_of(self.split(self.norm(tokens)), self.grid)
+            tokens = block(tokens, geometry=geometry)
+        return outputs_of(self.split(self.normed(tokens)), self.grid)
 
 
 def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
@@ -143,7 +152,7 @@ def registered_name(vit: ViT) -> str:
     Raises:
         UserError: no registered backbone has this width.
     """
-    if name := registry_name(vit.embed_dim, vit.n_registers):
+    if name := registry_name(vit.embed_dim, vit.n_registers, vit.model_kwargs.get("swiglu", False)):
         return name
     none = f"{vit.embed_dim} is none of the registry's"
     raise UserError(f"format: our file names the network by its width, and {none}")

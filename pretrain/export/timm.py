@@ -23,14 +23,14 @@ from pretrain.export.fixed_size import (
     write_folder,
 )
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights.common import WIDTHS
+from pretrain.weights.common import registry_name
 
 LN_EPS = 1e-6  # timm's; its description cannot change it
 
 
 def architecture(vit: ViT) -> str:
     """timm's name of the nearest architecture; :func:`model_arguments` adds the rest."""
-    return f"vit_{WIDTHS.get(vit.embed_dim, 'base')}_patch16_224"
+    return f"{registry_name(vit.embed_dim) or 'vit_base_patch16'}_224"
 
 
 def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.position import sincos_table
+from pretrain.backbones.vit import SIZES
 from pretrain.weights.container import Container
 
 State = dict[str, Tensor]
 HEAD_DIM = 64  # of every public ViT of these sizes
-WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
 GATED = "its MLPs are gated (SwiGLU), as in DINOv2's giant (ViT-g): a network that is none of ours"
 
@@ -121,9 +121,11 @@ def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
     return table.shape == positions.shape[1:] and torch.allclose(positions[0].double(), table, atol=1e-3)
 
 
-def registry_name(width: int, n_registers: int = 0) -> str | None:
-    """``vit_small_patch16``, ``..._reg4``: the registered name of this width, if there is one."""
-    return f"vit_{WIDTHS[width]}_patch16" + ("_reg4" if n_registers == 4 else "") if width in WIDTHS else None
+def registry_name(width: int, n_registers: int = 0, swiglu: bool = False) -> str | None:
+    """``vit_small_patch16``, ``..._reg4``: the registered name of this width and kind of MLP, if there is one."""
+    wanted = width, swiglu
+    found = next((k for k, of in SIZES.items() if (of["embed_dim"], of.get("swiglu", False)) == wanted), None)
+    return found and f"vit_{found}_patch16" + ("_reg4" if n_registers == 4 else "")
 
 
 def only_network(subnet: str | None) -> None:
