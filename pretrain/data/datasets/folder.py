@@ -100,7 +100,7 @@ class _Meaning:
             table[list(number)] = list(number.values())
         table[list(self.void)] = 0
         for value, label in self.map.items():
-            table[value] = number[label]
+            table[value] = number.get(label, UNKNOWN)  # one that no mask holds may lead beyond all labels
         return table
 
 
