@@ -212,11 +212,11 @@ def _why(mask: Path, mode: str, has_colors: bool, error: UserError) -> dict[str,
         return {BAD: f" ({error.__cause__ or 'no file'})"}
     if has_colors:
         return {BEYOND: f" ({str(error).removeprefix(str(mask)).strip()})"}
-    pixels = np.asarray(Image.open(mask).convert("RGB")).reshape(-1, 3)
-    is_gray = bool((pixels == pixels[:, :1]).all())
-    return {
-        COLORED: " (gray: keep one channel)" if is_gray else f" ({len(np.unique(pixels, axis=0))} colors)"
-    }
+    with open(mask, "rb") as file, PngImagePlugin.PngImageFile(file) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.uint32), -1, 0)
+    is_gray = bool(((red == green) & (green == blue)).all())
+    n_colors = len(np.unique(red << 16 | green << 8 | blue))
+    return {COLORED: " (gray: keep one channel)" if is_gray else f" ({n_colors} colors)"}
 
 
 def _strays(stored: np.ndarray, values: Sequence[int]) -> int:
