@@ -4,10 +4,10 @@ It reads what a training reads (:mod:`det_plugin.coco.layout`), but goes on wher
 files: their headers, their names in all splits, and the content of those of equal size.
 """
 
-import hashlib
+import io
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +29,13 @@ from det_plugin.coco.content import (
     misread,
     swaps_sides,
 )
-from det_plugin.coco.layout import ONE_SPLIT, CocoFiles, has_one_split, splits
+from det_plugin.coco.layout import ONE_SPLIT, CocoFiles, has_one_split, in_words, splits
 from det_plugin.coco.masks import as_rle, coco_api
 from det_plugin.coco.metrics import check_evaluation
+from det_plugin.figures import draw_entries
 from det_plugin.train import settings_of
 from pretrain.data.broken import may_be_cut_off
+from pretrain.data.check import Odd, Report, common, in_two_splits
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.errors import UserError
 from pretrain.settings import shown
@@ -42,7 +44,6 @@ EDGE_PX = 1.0  # by which a box may leave its image: rounding, and pixels counte
 # By how much a box may differ from its mask's: pixels, and of its longer side
 DIFFERS_PX, DIFFERS_SHARE = 2.0, 0.05
 TRIED_SHARE = 0.2  # of a set of one split
-NAMED = 5
 ALL_CROWDS = "categories all of whose RLEs are crowds (as CVAT has objects: --crowds objects)"
 DISAGREE = "boxes that disagree with their masks (learned are the masks' boxes, evaluated these)"
 
@@ -64,35 +65,10 @@ class Split:
     classes: dict[int, str] = field(default_factory=dict)
     objects: list[tuple[dict[str, Any], int, int, list[float]]] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Odd:
-    """Something odd: what, in which split, how often, and the first names."""
-
-    what: str
-    split: str
-    names: Sequence[str]
-
-    def __str__(self) -> str:
-        rest = f", and {len(self.names) - NAMED} more" if len(self.names) > NAMED else ""
-        return f"{self.split}: {len(self.names)} {self.what}: {', '.join(self.names[:NAMED])}{rest}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`check` finds.
-
-    Attributes:
-        odd: everything odd, in the order of the files.
-        refused: why a training would not begin; empty if it would.
-        notes: what a training says of the data, and how to begin it.
-    """
-
-    root: Path
-    splits: list[Split]
-    odd: list[Odd]
-    refused: str
-    notes: list[str]
+    @property
+    def images(self) -> dict[str, Path]:
+        """{name: file}."""
+        return {name: self.files.images / name for name in self.names.values()}
 
 
 def check(data: Path, crowds: str = "ignored", val_share: float = 0.0) -> Report:
@@ -103,14 +79,16 @@ def check(data: Path, crowds: str = "ignored", val_share: float = 0.0) -> Report
     """
     found = [_usable(name, files, files.content()) for name, files in splits(data).items()]
     odd = [each for split in found for each in [*_of_entries(split), *_of_boxes(split), *_of_files(split)]]
-    odd += [*_unnamed(found), *_of_two(found)]
+    odd += [*_unnamed(found), *in_two_splits({split.name: split.images for split in found})]
     notes = []
     if has_one_split(data) and not val_share:
         notes.append(f"there is one split alone: {ONE_SPLIT} (done so below)")
         val_share = TRIED_SHARE
     notes += _of_wrong_boxes(found, odd)
     refused, said = _tried(data, crowds, val_share)
-    return Report(data, found, [each for each in odd if each.names], refused, notes + said)
+    first = in_words((split.name, split.files, len(split.names)) for split in found)
+    odd, sizes = [each for each in odd if each.names], _sizes_in_words(found)
+    return Report(data, "posfield detect", found, first, *_counts(found), sizes, odd, refused, notes + said)
 
 
 def _of_wrong_boxes(found: Sequence[Split], odd: Sequence[Odd]) -> list[str]:
@@ -318,41 +296,11 @@ def _unnamed(found: Sequence[Split]) -> Iterable[Odd]:
             yield Odd("images that no label names", "+".join(split.name for split in own), left)
 
 
-def _of_two(found: Sequence[Split]) -> Iterable[Odd]:
-    """Images in two splits, by the name, and by the content: of files of equal size alone."""
-    for i, one in enumerate(found):
-        for other in found[i + 1 :]:
-            both = f"{one.name} and {other.name}"
-            same = sorted(set(one.names.values()) & set(other.names.values()))
-            yield Odd("images in two splits, by name", both, same)
-            yield Odd("images in two splits, by content", both, _same_content(one, other))
-
-
-def _same_content(one: Split, other: Split) -> list[str]:
-    by_bytes: list[dict[int, list[Path]]] = []
-    for split in (one, other):
-        sizes = defaultdict[int, list[Path]](list)
-        for name in split.names.values():
-            try:
-                sizes[(split.files.images / name).stat().st_size].append(split.files.images / name)
-            except (OSError, ValueError):
-                pass  # missing: said
-        by_bytes.append(sizes)
-    hashed: Callable[[Path], str] = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
-    same = list[str]()
-    for n in sorted(by_bytes[0].keys() & by_bytes[1].keys()):
-        second = {hashed(path): path for path in by_bytes[1][n]}
-        pairs = ((path, second.get(hashed(path))) for path in by_bytes[0][n])
-        same += [f"{path.name} = {twin.name}" for path, twin in pairs if twin]
-    return same
-
-
 # --- what there is ----------------------------------------------------------------------------------------
 
 
-def counts(report: Report) -> tuple[list[str], list[list[Any]]]:
+def _counts(own: Sequence[Split]) -> tuple[list[str], list[list[Any]]]:
     """Heads and rows of a table: images, objects, crowds, and objects of each class, by split."""
-    own = report.splits
     heads = ["", *(split.name for split in own)]
     crowds = [sum(each.get("iscrowd") == 1 for each, *_ in split.objects) for split in own]
     masks = [sum(bool(each.get("segmentation")) for each, *_ in split.objects) for split in own]
@@ -368,13 +316,54 @@ def counts(report: Report) -> tuple[list[str], list[list[Any]]]:
     return heads, rows
 
 
-def sizes_in_words(report: Report) -> str:
+def _sizes_in_words(own: Sequence[Split]) -> str:
     """The sizes of all images, and of their objects."""
-    images = Counter(size for split in report.splits for size in split.sizes.values())
-    sides = [box[2] * box[3] for split in report.splits for *_, box in split.objects if min(box[2:]) > 0]
-    common = ", ".join(f"{w} x {h} ({n})" for (w, h), n in images.most_common(3))
-    more = f" and {len(images) - 3} other sizes" if len(images) > 3 else ""
+    images = common(size for split in own for size in split.sizes.values())
+    sides = [box[2] * box[3] for split in own for *_, box in split.objects if min(box[2:]) > 0]
     if not sides:
-        return f"images {common}{more}"
+        return f"images {images}"
     low, middle, high = np.sqrt(np.quantile(sides, (0.05, 0.5, 0.95))).round().astype(int)
-    return f"images {common}{more} pixels; objects {low}, {middle} (median) to {high} pixels wide (5 to 95 %)"
+    return f"images {images} pixels; objects {low}, {middle} (median) to {high} pixels wide (5 to 95 %)"
+
+
+# --- samples ----------------------------------------------------------------------------------------------
+
+
+def pictures(report: Report, count: int) -> list[dict[str, Any]]:
+    """``count`` images of all splits, evenly, and the first with an odd box of each kind; drawn."""
+    having = [
+        (split, id)
+        for split in report.splits
+        for id in dict.fromkeys(image for _, image, _, _ in split.objects)
+    ]
+    if not having or not count:
+        return []
+    chosen = [
+        having[i] for i in np.unique(np.linspace(0, len(having) - 1, count).round().astype(int)).tolist()
+    ]
+    odd = {
+        (each.split, each.names[0].partition(" (annotation")[0])
+        for each in report.odd
+        if "boxes" in each.what
+    }
+    first = [(split, id) for split, id in having if (split.name, split.names[id]) in odd]
+    drawn = list[dict[str, Any]]()
+    for split, id in dict.fromkeys((s.name, i) for s, i in [*first[:count], *chosen]):
+        own = next(each for each in report.splits if each.name == split)
+        png = picture(own, id)
+        if png is not None:
+            n = sum(image == id for _, image, _, _ in own.objects)
+            drawn.append({"title": own.names[id], "caption": f"{split}, {n} objects", "png": png})
+    return drawn
+
+
+def picture(split: Split, id: int) -> bytes | None:
+    """A PNG of an image with its objects; None where it cannot be read."""
+    try:
+        pixels = decode((split.files.images / split.names[id]).read_bytes())
+    except (*UNREADABLE, BrokenImage):
+        return None
+    own = [(each, category, box) for each, image, category, box in split.objects if image == id]
+    file = io.BytesIO()
+    Image.fromarray(draw_entries(pixels, own, split.classes)).save(file, "PNG")
+    return file.getvalue()

@@ -19,10 +19,11 @@ from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
 from mmseg.utils import get_palette
 
-from pretrain.data.broken import UnreadableImage, read_or_other
+from pretrain.data.broken import UnreadableImage, check_share, read_or_other
 from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
 from pretrain.data.datasets.public import ade_home
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import cut_off
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.schedules import iterations
@@ -146,6 +147,18 @@ def label_set(values: Mapping[str, Any]) -> LabelSet:
     if values["kind"] == "voc2012" and found.departure:
         raise UserError(f"data: {root} has no trainaug.txt and SegmentationClassAug, for voc_aug")
     return found
+
+
+def check_parts(train: LabelSet, validation: LabelSet) -> None:
+    """What a run would meet only after hours: all of the validation part, and images that are cut off. A bad training
+    mask it meets in the first epoch.
+
+    Raises:
+        UserError: as :meth:`pretrain.data.datasets.LabelSet.check`; too many training images cannot be read.
+    """
+    validation.check()
+    images = [Path(image) for image, _ in train.files]
+    check_share(cut_off(images), len(images))
 
 
 @REGISTRY.register_module()

@@ -17,9 +17,7 @@ from mmengine.runner import Runner
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
 from pretrain.data import digest
-from pretrain.data.broken import check_share
 from pretrain.data.datasets import MaskRule
-from pretrain.data.images import cut_off
 from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.files import read_mapping, replacing
 from pretrain.jobs import start
@@ -35,7 +33,7 @@ from seg_plugin import plan
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
-from seg_plugin.data import DATASETS, recipe_for
+from seg_plugin.data import DATASETS, check_parts, recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
@@ -182,10 +180,7 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
-    # The run would meet a bad validation mask only after hours, and meets a bad training mask in the first epoch.
-    parts["validation"].check()
-    images = [Path(image) for image, _ in parts["training"].files]
-    check_share(cut_off(images), len(images))
+    check_parts(parts["training"], parts["validation"])
     if checkpoint is not None:
         if not resume:
             told = f"holds an unfinished run ({checkpoint.name}); go on with it by --resume"
@@ -196,7 +191,9 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             check_seen(output)
-            plan.tell(run, len(images), len(parts["validation"].files), device, begins=checkpoint is None)
+            plan.tell(
+                run, len(parts["training"]), len(parts["validation"]), device, begins=checkpoint is None
+            )
             if distributed.is_main():
                 digest.leave(output, said_of_data)
             runner = _Runner.from_cfg(cfg)

@@ -21,7 +21,8 @@ from formats_fixture import (
 from PIL import Image
 from tool_fixture import ended
 
-from det_plugin.check import Odd, check, counts
+from det_plugin.check import check, picture
+from pretrain.data.check import Odd
 from pretrain.errors import UserError
 
 TRAIN = dict(list(scene(7).items())[:6])  # all have objects
@@ -56,7 +57,7 @@ def found(root):
 def test_a_clean_set(root, capsys):
     report = check(root)
     assert report.odd == [] and not report.refused
-    heads, rows = counts(report)
+    heads, rows = report.heads, report.rows
     assert heads == ["", "train", "val"] and rows[:2] == [["images", 6, 3], ["objects", 12, 6]]
     assert rows[4:] == [["class ant", 4, 2], ["class bee", 4, 2], ["class cat", 4, 2]]
     assert ended("data check", root) == 0
@@ -293,8 +294,6 @@ def test_the_page(root, tmp_path):
 
 def test_samples_show_the_boxes(root, tmp_path):
     """The first sample has its objects' outlines where the labels say."""
-    from det_plugin.cli.check import picture
-
     report = check(root)
     (train, _), size = report.splits, TRAIN[FIRST][0]
     pixels = cv2.imdecode(np.frombuffer(picture(train, 1), np.uint8), cv2.IMREAD_COLOR)

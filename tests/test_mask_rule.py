@@ -57,6 +57,16 @@ def test_void_and_map_of_the_options(tmp_path):
     )
 
 
+def test_a_value_of_the_map_that_no_mask_holds(tmp_path):
+    root = write_folder(tmp_path / "set", values=(0, 1))
+    for found in (
+        open_label_sets(root, masks=rule({"7": "3"}))[0],
+        open_label_set(root, "train", masks=rule({"7": "3"})),
+    ):
+        assert found.classes == ("class 0", "class 1") and len(found) == 6
+        check(found, 0, (1, 2))
+
+
 def test_sixteen_bits_and_more_than_255_classes(tmp_path):
     root = write_folder(tmp_path / "set", values=(1, 255, 256, 1000), void=65535)
     with pytest.raises(UserError, match="is 255 a label, .* hold 65535, too.*--void 255 or --void 65535"):

@@ -52,6 +52,10 @@ LABEL_FOLDERS = ("annotations", "annotation", "labels")
 ONE_SPLIT = "give --val-share 0.2 to keep a fifth of its images for validation"
 
 
+class NoLabels(UserError):
+    """Nothing in a folder has one of the formats."""
+
+
 @dataclass(frozen=True)
 class CocoFiles:
     """A split's labels, and the folder that its image names are relative to.
@@ -179,7 +183,7 @@ def splits(data: Path, deep: int = 0) -> dict[str, CocoFiles]:
         what = "COCO's .json, Pascal VOC's .xml or YOLO's .txt files (det_plugin/coco/layout.py lists the layouts)"
         told = f"tried {', '.join(_tried(split) for split in LAYOUTS)} (a .yaml file may name others)"
         told += "; posfield segment learns from masks that are images"
-        raise UserError(f"data: {data} holds no labels that are known, {what}; {told}")
+        raise NoLabels(f"data: {data} holds no labels that are known, {what}; {told}")
     return found
 
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "pretrain": ("pretrain.cli.train_ssl", "pre-train a backbone on images"),
     "detect": ("det_plugin.cli.train", "fine-tune a detector: COCO and data in its format"),
     "segment": ("seg_plugin.cli.train", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
-    "data check": ("det_plugin.cli.check", "what is in a detection set of any format, and what is odd"),
+    "data check": ("posfield.cli.check", "what is in a labeled set, boxes or masks, and what is odd"),
     "predict": ("posfield.cli.predict", "detect objects in your images with a run of detect"),
     "embed": ("pretrain.cli.embed", "one vector an image, as .npz"),
     "evaluate dense": ("pretrain.cli.evaluate_dense", "frozen features: segmentation, clustering, k-NN"),

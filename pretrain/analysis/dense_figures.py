@@ -120,13 +120,14 @@ def labels_figure(
     labels: Sequence[Labels],
     maps: Mapping[str, Sequence[Labels]],
     classes: Sequence[str],
+    colors: Colors | None = None,
 ) -> Figure:
     """One row an image: itself, and over it its labels and each map; below, the classes that occur. The arguments
-    are those of :func:`write`."""
+    are those of :func:`write`; without ``colors`` of the labels they are those that tell these images' best apart."""
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
     # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
-    colors = dict(zip(present, distinct_colors(len(present))))
+    colors = colors or dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
     width = COLUMN_IN * len(columns)
     often = [k for k, _ in (in_labels + in_maps).most_common()]

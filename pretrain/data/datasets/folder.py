@@ -17,14 +17,23 @@ Line k of an optional ``classes.txt`` names label k, from 0. An optional ``label
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import MAP_SUFFIXES, Pairs, by_stem, listed_stems, named, paired
+from pretrain.data.datasets.listing import (
+    IMAGE_SUFFIXES,
+    MAP_SUFFIXES,
+    Pairs,
+    below,
+    by_stem,
+    listed_stems,
+    named,
+    paired,
+)
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
@@ -100,14 +109,79 @@ class _Meaning:
             table[list(number)] = list(number.values())
         table[list(self.void)] = 0
         for value, label in self.map.items():
-            table[value] = number[label]
+            table[value] = number.get(label, UNKNOWN)  # one that no mask holds may lead beyond all labels
         return table
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part as it lies there, neither paired nor read.
+
+    Attributes:
+        images, masks: {stem: path}.
+        others: further PNG files among the masks, which are called otherwise.
+        stems: those that the file ``listed`` names, in its order; None: there is no such file.
+        folder: of the masks.
+    """
+
+    root: Path
+    part: str
+    meaning: _Meaning
+    images: dict[str, str]
+    masks: dict[str, str]
+    others: Sequence[str]
+    stems: Sequence[str] | None
+    listed: Path
+    folder: Path
+
+    @property
+    def wanted(self) -> Sequence[str]:
+        """Stems of which both an image and a mask should be there."""
+        return sorted(self.images.keys() | self.masks.keys()) if self.stems is None else self.stems
+
+    @property
+    def no_png(self) -> Sequence[str]:
+        """Other images among the masks; sorted."""
+        return sorted(path for _, path in below(self.folder, set(IMAGE_SUFFIXES) - set(MAP_SUFFIXES)))
+
+    def pairs(self) -> Pairs:
+        """Image and mask of each. Raises UserError: one is missing; names it."""
+        if not self.masks and self.others:
+            raise UserError(f"no mask is called {self.meaning.mask_name}; one is {self.others[0]}")
+        if not self.masks:
+            raise UserError(f"no *.png in {self.folder}")
+        return paired(self.images, self.masks, self.stems, "" if self.stems is None else self.listed)
+
+    def label_set(self, values: Iterable[int], n_classes: int = 0) -> LabelSet:
+        """Of the pairs that are there, whatever their masks hold; errors: only what ``n_classes`` contradicts.
+
+        Args:
+            values: that the masks of all parts hold: how many labels there are, if nothing else says it.
+        """
+        held = self.meaning.labels(dict.fromkeys(values, "")).values()
+        n_labels = _n_labels(self.root, self.meaning, n_classes) or 1 + max(held, default=0)
+        both = [stem for stem in self.wanted if stem in self.images and stem in self.masks]
+        files = [(self.images[stem], self.masks[stem]) for stem in both]
+        return _label_set(self.root, self.part, files, self.meaning, n_labels)
+
+
+def find(root: Path, part: str, n_classes: int, rule: MaskRule) -> Found:
+    """What there is of one part, for a check that goes on where :func:`open_part` ends.
+
+    Raises:
+        UserError: there is no such part; what describes it cannot be read.
+    """
+    return _find(root, part, _meaning(root, rule, n_classes))
 
 
 def has(root: Path) -> bool:
     """Whether the folder has a training part."""
-    part = "" if (root / "train.txt").is_file() else "train"
-    return all(_places(root, kinds, part) for kinds in (IMAGES, MAPS))
+    return all(_training(root, kinds) for kinds in (IMAGES, MAPS))
+
+
+def has_masks(root: Path) -> bool:
+    """Whether there are images among what may be masks of a training part; of other labels there are none."""
+    return has(root) and any(any(below(at, IMAGE_SUFFIXES)) for at in _training(root, MAPS))
 
 
 def open_part(root: Path, part: str, n_classes: int, rule: MaskRule) -> LabelSet:
@@ -197,6 +271,10 @@ def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
 # --- where the files are ----------------------------------------------------------------------------------
 
 
+def _training(root: Path, kinds: tuple[str, ...]) -> list[Path]:
+    return _places(root, kinds, "" if (root / "train.txt").is_file() else "train")
+
+
 def _places(root: Path, kinds: tuple[str, ...], part: str = "") -> list[Path]:
     """Folders of a part, or of all; ``test`` is that of ``val`` only where no other is."""
     inside = [
@@ -218,6 +296,10 @@ def _only(root: Path, kinds: tuple[str, ...], part: str) -> Path:
 
 
 def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
+    return _find(root, part, meaning).pairs()
+
+
+def _find(root: Path, part: str, meaning: _Meaning) -> Found:
     maps, images, file = _only(root, MAPS, part), _only(root, IMAGES, part), root / f"{part}.txt"
     stems = None
     if not _places(root, IMAGES, part):
@@ -226,13 +308,13 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
         stems = listed_stems(file)
     elif not _places(root, MAPS, part):
         raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
-    found, masks = by_stem(images), by_stem(maps, MAP_SUFFIXES)
+    found, masks = by_stem(images), by_stem(maps, MAP_SUFFIXES, may_be_empty=True)
     rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
     by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
     best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))
-    if not best:
-        raise UserError(f"no mask is called {meaning.mask_name}; one is {next(iter(masks.values()))}")
-    return paired(found, best, stems, file if stems else "")
+    taken = set(best.values())
+    others = [path for path in masks.values() if path not in taken]
+    return Found(root, part, meaning, found, best, others, stems, file, maps)
 
 
 # --- what their values mean -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pretrain.data.sources.files import SUFFIXES
@@ -20,7 +20,9 @@ def first_folder(root: Path, names: Iterable[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, str]:
+def by_stem(
+    folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, may_be_empty: bool = False
+) -> dict[str, str]:
     """{stem: path} of the files in a folder and below with one of these suffixes, without hidden ones.
 
     A stem has the folders in it: ``city/0001``. Links to folders are followed, and each real folder is listed once.
@@ -28,9 +30,26 @@ def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str,
     Raises:
         UserError: there is no such folder or file; two files differ only in their suffix.
     """
+    found = dict[str, str]()
+    for stem, path in below(folder, suffixes):
+        if stem in found:
+            twice = sorted(map(os.path.basename, (path, found[stem])))
+            raise UserError(f"{folder} has two files {stem}: {' and '.join(twice)}")
+        found[stem] = path
+    if not found and not may_be_empty:
+        raise UserError(f"no {' or '.join('*' + suffix for suffix in suffixes)} in {folder}")
+    return found
+
+
+def below(folder: Path, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Stem and path of each file in a folder and below with one of these suffixes, without hidden ones.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} cannot be listed (no such folder)")
-    found, seen = dict[str, str](), set[str]()
+    seen = set[str]()
     for at, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
         # Links may point at each other
@@ -41,13 +60,7 @@ def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str,
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes and not name.startswith("."):
-                if inside + stem in found:
-                    twice = sorted((name, os.path.basename(found[inside + stem])))
-                    raise UserError(f"{folder} has two files {inside}{stem}: {' and '.join(twice)}")
-                found[inside + stem] = os.path.join(at, name)
-    if not found:
-        raise UserError(f"no {' or '.join('*' + suffix for suffix in suffixes)} in {folder}")
-    return found
+                yield inside + stem, os.path.join(at, name)
 
 
 def named(files: dict[str, str], name: str) -> dict[str, str]:
