@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ TRACKS = "label lines with the number of a track at their end, which is left asi
 ORIENTED = (
     "oriented boxes: the masks are of their four corners, the boxes upright (masks=off learns these alone)"
 )
+LOOKED_AT = 500  # label files of a split, to see whether they hold key points
 FARTHEST = 2.0  # of a coordinate from the image, in its widths: beyond are pixels, or damage
 
 
@@ -246,14 +247,21 @@ def read(root: Path, split: str, stamp: int) -> Content:
     def read_all() -> dict[str, Content]:
         found = find(root)
         assert found is not None, root
-        has_points = _has_points(found.file)
-        return {name: _content(part, found.names, has_points) for name, part in found.parts.items()}
+        with_points = _points_of(found)
+        return {name: _content(part, found.names, with_points) for name, part in found.parts.items()}
 
     return read_once(("yolo", root, stamp), split, read_all)
 
 
-def _has_points(file: Path) -> bool:
-    return file.suffix in (".yaml", ".yml") and "kpt_shape" in read_yaml(file)
+def _points_of(found: Found) -> Callable[[list[str]], bool]:
+    """Whether a line holds a box and key points: where it is said, or where all long lines look so."""
+    if found.file.suffix in (".yaml", ".yml") and "kpt_shape" in read_yaml(found.file):
+        return lambda words: len(words) > 5
+    labels = [[label for _, label, _ in part.pictures.values() if label] for part in found.parts.values()]
+    first = (label for own in labels for label in own[:LOOKED_AT])
+    lines = (words for label in first for _, words in _numbered(label, defaultdict(list)))
+    looks = [_is_with_points(words) for words in lines if len(words) > 6]
+    return _is_with_points if len(looks) >= FEWEST_BOXES and all(looks) else lambda words: False
 
 
 # --- where everything is ----------------------------------------------------------------------------------
@@ -422,22 +430,21 @@ def _names(told: Any, file: Path) -> dict[int, str]:
 # --- labels -----------------------------------------------------------------------------------------------
 
 
-def _content(part: Part, names: Mapping[int, str], has_points: bool) -> Content:
+def _content(part: Part, names: Mapping[int, str], with_points: Callable[[list[str]], bool]) -> Content:
     faults = defaultdict[str, list[str]](list, {DAMAGED: list(part.absent), ALONE: list(part.alone)})
     sizes = upright_sizes(part.images / name for name in part.pictures)
-    lines = {label: _numbered(label, faults) for _, label, _ in part.pictures.values() if label}
-    has_points = has_points or _look_like_points(words for own in lines.values() for _, words in own)
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for (image_id, (name, (_, label, _))), size in zip(enumerate(part.pictures.items(), 1), sizes):
         width, height = size or (1, 1)  # an unreadable image is named when it is opened
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         if not label:
             faults[UNLABELED].append(name)
-        for number, words in lines.get(label, ()):
+            continue
+        for number, words in _numbered(label, faults):
             who = f"{label}:{number}"
             try:
                 category, values = _numbers(words)
-                values, left = _without_more(words, values, has_points)
+                values, left = _without_more(words, values, with_points(words))
                 box, polygon = _shape(words, values, width, height)
             except ValueError as error:
                 faults[DAMAGED].append(f"{who}: {error}")
@@ -485,14 +492,10 @@ def _numbered(file: str, faults: dict[str, list[str]]) -> list[tuple[int, list[s
     return [(number, words) for number, line in enumerate(text.splitlines(), 1) if (words := line.split())]
 
 
-def _look_like_points(lines: Iterable[list[str]]) -> bool:
-    """Whether all long lines are a class, a box, and points with a flag (0 hidden, 1, 2 visible)."""
-    long = [words for words in lines if len(words) > 6]
-    flags = ("0", "1", "2", "0.0", "1.0", "2.0")
-    return len(long) >= FEWEST_BOXES and all(
-        len(words) % 3 == 2 and all(re.sub(r"(\.0)0+$", r"\1", flag) in flags for flag in words[7::3])
-        for words in long
-    )
+def _is_with_points(words: list[str]) -> bool:
+    """Whether a line is a class, a box, and points with a flag (0 hidden, 1, 2 visible)."""
+    flags = [re.sub(r"\.0+$", "", word) for word in words[7::3]]
+    return len(words) > 7 and len(words) % 3 == 2 and all(flag in ("0", "1", "2") for flag in flags)
 
 
 def _numbers(words: list[str]) -> tuple[int, list[float]]:
@@ -514,7 +517,7 @@ def _numbers(words: list[str]) -> tuple[int, list[float]]:
 
 def _without_more(words: list[str], values: list[float], has_points: bool) -> tuple[list[float], str]:
     """The numbers of the box or the polygon, and the kind of what was left aside."""
-    if has_points and len(values) > 4:
+    if has_points:
         return values[:4], POINTS
     if len(values) > 4 and len(values) % 2 and words[-1].isdecimal():
         return values[:-1], TRACKS
