@@ -161,7 +161,35 @@ def yolo_other_names(root):
     write_text(root / "mine.names", "ant\r\nbee\r\ncat\r\n\r\n")
 
 
+def roboflow_darknet(root):
+    write_yolo(root, {"train": TRAIN, "valid": VAL}, "{}", "{}")
+    for split in ("train", "valid"):
+        write_text(root / split / "_darknet.labels", "ant\nbee\ncat\n")
+
+
+def beside_another(write):
+    """As macOS packs an archive, and with a folder of other things."""
+
+    def written(root):
+        write(root / "mine")
+        write_text(root / "__MACOSX/mine/._data.yaml", "\0")
+        write_text(root / "docs/notes.txt", "none")
+
+    return written
+
+
+def coco_key_points(root):
+    for split, images in BOTH.items():
+        write_images(root / "images" / split, images)
+        write_json(root / f"annotations/person_keypoints_{split}.json", coco(images))
+
+
 LAYOUTS = {
+    "yolo darknet by roboflow": roboflow_darknet,
+    "yolo in an archive": beside_another(roboflow_yolo),
+    "yolo without a yaml, in an archive": beside_another(without_yaml),
+    "coco in an archive": beside_another(coco_flat),
+    "coco key points by cvat": coco_key_points,
     "voc": lambda root: write_voc(root, BOTH),
     "voc in VOCdevkit": nested(lambda root: write_voc(root, BOTH), "VOCdevkit", "VOC2012"),
     "voc trainval and test": lambda root: write_voc(root, {"trainval": TRAIN, "test": VAL}),
@@ -338,6 +366,13 @@ def test_what_holds_nothing_or_too_much_says_so(tmp_path):
     assert locate(file, "train", 0.5).images == tmp_path / "elsewhere/val2017"
 
 
+def test_several_sets_are_named(tmp_path):
+    for year in ("VOC2007", "VOC2012"):
+        write_voc(tmp_path / "VOCdevkit" / year, BOTH)
+    with pytest.raises(UserError, match=r"VOCdevkit holds several sets; name one: .*VOC2007, .*VOC2012"):
+        locate(tmp_path, "train")
+
+
 def test_two_files_of_a_split_are_named_beside_a_known_one(tmp_path):
     coco_between(tmp_path)
     content = (tmp_path / "annotations/instances_train2017.json").read_text()
@@ -370,6 +405,11 @@ OTHERS = {
     "image info": ("a.json", {"images": [], "licenses": []}, "COCO's json without instances"),
     "cvat": ("annotations.xml", "<annotations><image/></annotations>", "CVAT's own xml, .* COCO 1.0"),
     "csv": ("train/_annotations.csv", "filename,xmin\n", "a table, perhaps of boxes, .* COCO"),
+    "label studio, short": ("a.json", [{"image": "a", "id": 1, "label": []}], "Label Studio's own json"),
+    "results": ("a.json", [{"image_id": 1, "bbox": [], "score": 1}], "a list of COCO's results"),
+    "dota": ("labelTxt/a.txt", "gsd:0.1\n1.0 2.0 3.0 4.0 5.0 6.0 7.0 8.0 ant 0\n", "DOTA's oriented boxes"),
+    "kitti": ("label_2/a.txt", f"Car{' 0.5' * 14}\n", "KITTI's labels"),
+    "corners": ("train/_annotations.txt", "a b.jpg 1,2,3,4,0 5,6,7,8,1\n", "a list of images with corners"),
     "zip": ("a.zip", "PK", "an archive, .* unpack it"),
 }
 

@@ -9,8 +9,8 @@ COCO's json:
   a single one (CVAT's ``instances_default.json``, Label Studio's ``result.json``); the images are where the names
   lead, or in ``images/``.
 
-Pascal VOC: :mod:`det_plugin.coco.voc`. YOLO: :mod:`det_plugin.coco.yolo`. Where a folder holds one other alone, that
-one is looked into.
+Pascal VOC: :mod:`det_plugin.coco.voc`. YOLO: :mod:`det_plugin.coco.yolo`. Where a folder is no set and one in it is,
+that one is taken. Other formats are told by name (:mod:`det_plugin.coco.others`).
 
 Any other layout of COCO's: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``,
 relative to that file. A set of one split is divided by ``--val-share`` (:mod:`det_plugin.coco.share`).
@@ -186,25 +186,48 @@ def splits(data: Path, deep: int = 0) -> dict[str, CocoFiles]:
         return found
     if not data.is_dir():
         raise UserError(f"data: no file {data} and no folder of that name")
+    error: UserError | None = None
+    try:
+        found = _found(data)
+    except yolo.NoNames as unnamed:
+        found, error = {}, unnamed
+    if not found and deep < DEEPEST:  # VOCdevkit/VOC2012
+        found = _below(data, deep + 1)
+    if not found and error is None and (told := others_told(data)):
+        error = _NothingKnown(f"data: {told}")
+    if not found:
+        what = "COCO's .json, Pascal VOC's .xml or YOLO's .txt files (det_plugin/coco/layout.py lists the layouts)"
+        told = f"tried {', '.join(_tried(split) for split in LAYOUTS)} (a .yaml file may name others)"
+        told += "; posfield segment learns from masks that are images"
+        raise error or _NothingKnown(f"data: {data} holds no labels that are known, {what}; {told}")
+    return found
+
+
+def _found(data: Path) -> dict[str, CocoFiles]:
+    """The splits in a folder itself, of the first format that it has."""
     found = _laid_out(data)
     if found and "train" not in found:  # train_1.json beside val.json
         others = set(_json_files(data)) - {files.annotations for files in found.values()}
         named = _of_json(sorted(others), data).items() if others else ()
         found = {split: files for split, files in named if split != "all"} | found
     found = found or _described(data) or _of_voc(data) or _of_yolo(data)
-    found = found or _of_json(_json_files(data), data)
-    inner = [at for at in data.iterdir() if at.is_dir() and not at.name.startswith((".", "__"))]
-    if not found and len(inner) == 1 and deep < DEEPEST:  # VOCdevkit/VOC2012
-        with suppress(_NothingKnown):
-            return splits(inner[0], deep + 1)
-    if not found and (told := others_told(data)):
-        raise _NothingKnown(f"data: {told}")
-    if not found:
-        what = "COCO's .json, Pascal VOC's .xml or YOLO's .txt files (det_plugin/coco/layout.py lists the layouts)"
-        told = f"tried {', '.join(_tried(split) for split in LAYOUTS)} (a .yaml file may name others)"
-        told += "; posfield segment learns from masks that are images"
-        raise _NothingKnown(f"data: {data} holds no labels that are known, {what}; {told}")
-    return found
+    return found or _of_json(_json_files(data), data)
+
+
+def _below(data: Path, deep: int) -> dict[str, CocoFiles]:
+    """The splits of the one folder in another that is a set.
+
+    Raises:
+        UserError: several are; names them.
+    """
+    found = dict[Path, dict[str, CocoFiles]]()
+    for at in sorted(data.iterdir()):
+        if at.is_dir() and not at.name.startswith((".", "__")):
+            with suppress(_NothingKnown, yolo.NoNames):
+                found[at] = splits(at, deep)
+    if len(found) > 1:
+        raise UserError(f"data: {data} holds several sets; name one: {', '.join(map(str, found))}")
+    return next(iter(found.values()), {})
 
 
 class _NothingKnown(UserError):
@@ -267,7 +290,8 @@ def _json_files(root: Path) -> list[Path]:
     """In the folder, in one of annotations, and in folders of splits."""
     places = [root, *(at for name in LABEL_FOLDERS if (at := root / name).is_dir())]
     files = [file for at in [*places, *split_folders(root).values()] for file in sorted(at.glob("*.json"))]
-    return [file for file in files if not file.name.startswith(NO_INSTANCES)]
+    own = [file for file in files if not file.name.startswith(NO_INSTANCES)]
+    return own or [file for file in files if file.name.startswith("person_keypoints")]  # CVAT's, with boxes
 
 
 def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles]:

@@ -20,6 +20,12 @@ JSON = (
     ({"asset", "regions"}, "VoTT's json", "export it as Pascal VOC"),
     ({"assets", "tags"}, "VoTT's json", "export it as Pascal VOC"),
     ({"image", "annotations"}, "CreateML's json", COCO),
+    (
+        {"image_id", "bbox", "score"},
+        "a list of COCO's results",
+        "a set needs images, annotations and categories",
+    ),
+    ({"image", "id", "label"}, "Label Studio's own json", "choose COCO or YOLO when you export"),
     ({"data", "annotations"}, "Label Studio's own json", "choose COCO or YOLO when you export"),
     ({"classTitle"}, "Supervisely's json", COCO),
     ({"objects", "size"}, "Supervisely's json", COCO),
@@ -35,7 +41,13 @@ OTHER = {
     ".zip": "an archive",
 }
 WAY = {".zip": "unpack it"}
-LINE = re.compile(r"\d+( -?\d*\.\d+([eE]-?\d+)?){4,}\s*")
+LINE = re.compile(r"\d+( -?\d*\.\d+([eE]-?\d+)?){4,}")
+# Of a .txt file with other labels, in one of its first lines
+LINES = (
+    (re.compile(r"(-?[\d.]+ ){8}\S+ [012]"), "a file of DOTA's oriented boxes"),
+    (re.compile(r"[A-Za-z]\S*( -?[\d.]+){14,15}"), "a file of KITTI's labels"),
+    (re.compile(r".+?( \d+,\d+,\d+,\d+,\d+)+"), "a list of images with corners"),
+)
 
 
 def others_told(root: Path) -> str:
@@ -54,8 +66,12 @@ def others_told(root: Path) -> str:
         if tree.tag == "annotations" and (tree.find("image") is not None or tree.find("track") is not None):
             return f"{root / name} is CVAT's own xml, which is not read: export it as COCO 1.0"
     for name in _some(names, ".txt"):
-        if _is_line(root / name) and not any(map(is_image, names)):
+        lines = _first_lines(root / name)
+        if lines and LINE.fullmatch(lines[0]) and not any(map(is_image, names)):
             return f"{root / name} is YOLO's, but {root} has no images: put them in images/, and the .txt files in labels/"
+        for pattern, what in LINES:
+            if any(map(pattern.fullmatch, lines)):
+                return f"{root / name} is {what}, which is not read: convert it to COCO"
     for suffix, what in OTHER.items():
         for name in _some(names, suffix):
             return f"{root / name} is {what}, which is not read: {WAY.get(suffix, 'export or convert it to COCO')}"
@@ -79,7 +95,6 @@ def _keys(file: Path) -> Iterator[set[str]]:
         yield {*content[0]}
 
 
-def _is_line(file: Path) -> bool:
-    """Whether a file begins as YOLO's labels do."""
+def _first_lines(file: Path) -> list[str]:
     with open(file, "rb") as opened:
-        return bool(LINE.fullmatch(opened.readline(1000).decode("utf-8", "replace")))
+        return [line.strip() for line in opened.read(2000).decode("utf-8", "replace").splitlines()[:3]]

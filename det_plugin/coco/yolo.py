@@ -53,6 +53,7 @@ NAME_FILES = (
     "predefined_classes.txt",
     "labels.txt",
     "names.txt",
+    "_darknet.labels",
 )
 SPLITS = {split: (*names, "dev") if split == "val" else names for split, names in SPLIT_NAMES.items()}
 POINTS = "label lines with key points, of which the box alone is read"
@@ -90,6 +91,10 @@ class Found:
     file: Path
     names: dict[int, str]
     parts: dict[str, Part]
+
+
+class NoNames(UserError):
+    """A folder with labels somewhere below, and nothing that names their classes."""
 
 
 def description(root: Path) -> Path | None:
@@ -212,7 +217,7 @@ def _by_folders(root: Path) -> Found | None:
         told = (
             f"the names of its classes: give a {NAME_FILES[0]} with a name a line, or a data.yaml with names"
         )
-        raise UserError(f"data: {root} holds labels as YOLO's, but not {told}")
+        raise NoNames(f"data: {root} holds labels as YOLO's, but not {told}")
     names = {file: _names(_lines(file), file) for file in files}
     file, *others = files
     for other in others:
