@@ -11,6 +11,7 @@ What is allowed, and how it is used:
 * masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An
   object that has no others is not learned (training) and not found as a mask (evaluation);
 * boxes and polygons that leave the image: training uses the part inside, evaluation uses them as annotated;
+* what :mod:`det_plugin.coco.mend` puts right, and a size that is not said: it is the header's;
 * a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is
   filled in. An ``area`` that is no number from 0 to :data:`LARGEST_PX` is replaced by the mask's, or without
   a mask the box's, and that is said; line breaks and the like in a category's name become spaces.
