@@ -894,6 +894,13 @@ def test_names_that_may_belong_to_other_numbers_are_refused(tmp_path, names, mes
         locate(tmp_path, "train")
 
 
+def test_labels_of_an_image_called_as_a_file_of_names_are_no_names(tmp_path):
+    images = {name.replace("photo 000", "labels"): own for name, own in TRAIN.items()}
+    write_yolo(tmp_path, {"": images}, "images", "labels")
+    write_text(tmp_path / "classes.txt", "ant\nbee\ncat\n")
+    assert same(splits(tmp_path)["all"].read(), images)
+
+
 def test_a_described_set_without_label_files_says_where_they_would_be(yolo):
     (yolo / "labels").rename(yolo / "labelTxt")
     with pytest.raises(

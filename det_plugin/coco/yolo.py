@@ -212,7 +212,7 @@ def _by_folders(root: Path) -> Found | None:
     if not any(label for part in parts.values() for _, label, _ in part.pictures.values()):
         return None
     places = [root, root / "labels", *folders.values(), *map(Path, labels.label_folders.values())]
-    files = _name_files(places)
+    files = _name_files(places, labels.used)
     if not files:
         told = (
             f"the names of its classes: give a {NAME_FILES[0]} with a name a line, or a data.yaml with names"
@@ -228,12 +228,16 @@ def _by_folders(root: Path) -> Found | None:
     return Found(root, names[file], _with_alone(_with_images(parts), labels))
 
 
-def _name_files(places: Iterable[Path]) -> list[Path]:
-    """The file of names in each folder that has one."""
+def _name_files(places: Iterable[Path], labels: set[str]) -> list[Path]:
+    """The file of names in each folder that has one; those of images called so are none."""
     found = []
     for at in dict.fromkeys(places):
         named = (at / name for name in NAME_FILES)
-        found += [file for file in (*named, *sorted(at.glob("*.names"))) if file.is_file()][:1]
+        found += [
+            file
+            for file in (*named, *sorted(at.glob("*.names")))
+            if file.is_file() and str(file) not in labels
+        ][:1]
     return found
 
 
