@@ -6,6 +6,7 @@ files: their headers, their names in all splits, and the content of those of equ
 
 import io
 import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -288,7 +289,7 @@ def _unnamed(found: Sequence[Split]) -> Iterable[Odd]:
             folders[split.files.images].append(split)
     for folder, own in folders.items():
         if folder.is_dir():
-            known = {name for split in own for name in split.names.values()}
+            known = {os.path.normpath(name) for split in own for name in split.names.values()}
             others = [at for at in folders if at != folder and folder in at.parents]
             below = {str(at.relative_to(folder)) for at in others}
             free = (name for name in listed(folder) if is_image(name) and name not in known)

@@ -256,6 +256,11 @@ def test_faults_of_yolo(tmp_path):
     assert "photo 001.txt:4" in report.refused
 
 
+def test_a_name_from_the_folder_on_is_the_images(root):
+    edit(root, lambda c: [each.update(file_name=f"./{each['file_name']}") for each in c["images"]])
+    assert not any(kind.startswith("images that no label names") for _, kind in found(root))
+
+
 def test_crowds_may_be_objects(root):
     as_crowds(root)
     assert [ended("data check", root, "--crowds", how) for how in ("ignored", "objects")] == [2, 0]

@@ -86,7 +86,7 @@ BROKEN = [
     ),
     (lambda root: annotation_file(root, "train").write_text("[]"), "holds no mapping"),
     (lambda root: edit(root, "train", lambda c: c.pop("categories")), "no list 'categories'"),
-    (lambda root: edit(root, "train", lambda c: c["images"][0].pop("width")), "lacks 'width'"),
+    (lambda root: edit(root, "train", lambda c: c["images"][0].update(width="wide")), "image 1 is 'wide' x"),
     (
         lambda root: edit(root, "train", lambda c: c["annotations"][0].pop("segmentation")),
         "1 of 10 objects have no mask",

@@ -11,6 +11,7 @@ What is allowed, and how it is used:
 * masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An
   object that has no others is not learned (training) and not found as a mask (evaluation);
 * boxes and polygons that leave the image: training uses the part inside, evaluation uses them as annotated;
+* what :mod:`det_plugin.coco.mend` puts right, and a size that is not said: it is the header's;
 * a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is
   filled in. An ``area`` that is no number from 0 to :data:`LARGEST_PX` is replaced by the mask's, or without
   a mask the box's, and that is said; line breaks and the like in a category's name become spaces.
@@ -385,7 +386,7 @@ def _pictures(
     _check_ids("image", content["images"])
     objects: dict[int, list[tuple[int, Segmentation, tuple[float, ...], bool]]] = {}
     boxes, around = list[tuple[float, ...]](), list[tuple[int, int]]()
-    sizes, annotated, n_objects, boxes_alone = {}, set[int](), 0, list[int]()
+    sizes, annotated, n_objects, n_flat, boxes_alone = {}, set[int](), 0, 0, list[int]()
     for image in content["images"]:
         width, height = image["width"], image["height"]
         if not (
@@ -408,6 +409,7 @@ def _pictures(
         if annotation["iscrowd"]:
             continue
         n_objects += min(width, height) > 0
+        n_flat += min(width, height) <= 0
         box = x, y, x + width, y + height
         if is_alone := masks != "off" and _has_box_alone(annotation):
             boxes_alone.append(annotation["id"])
@@ -418,6 +420,8 @@ def _pictures(
         raise ValueError(wrong)
     notes = _of_boxes_alone(boxes_alone, n_objects, training, masks)
     notes += _of_empty(objects, annotated, training, keep_empty)
+    if n_flat and training:
+        notes += (f"{n_flat} objects have no extent: left out of training",)
     pictures = [
         _picture(image, sizes[id], objects[id])
         for image in content["images"]

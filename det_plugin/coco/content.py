@@ -4,6 +4,7 @@ A reader gives COCO content, with the key ``faults`` beside: what is odd in the 
 and perhaps ``crowds``, what the format calls them.
 """
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.data.sources.files import SUFFIXES
+from pretrain.settings import shown
 
 Content = dict[str, Any]  # images, annotations, categories as in COCO; faults
 Stamp = tuple[int, int]  # of a file: time in ns, bytes
@@ -29,12 +31,14 @@ DAMAGED = "labels that cannot be read"
 UNKNOWN = "objects of unknown class"
 ALONE = "label files without an image"
 UNLABELED = "images without a label file"
+ROTATED_BOXES = "rotated boxes, of which the upright ones around them are learned"
 FATAL = (DAMAGED, UNKNOWN)
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
 HEADER_READERS = 16
 FEWEST_BOXES = 4  # that show a rule
+LONGEST_FIELD = 40  # characters of a label that an error quotes
 
 
 def swaps_sides(image: Image.Image) -> bool:
@@ -68,6 +72,26 @@ def upright_sizes(paths: Iterable[Path]) -> list[tuple[int, int] | None]:
 def is_image(name: str) -> bool:
     """By its suffix."""
     return name[name.rfind(".") :].lower() in SUFFIXES if "." in name else False
+
+
+def around_rotated(box: Sequence[float], degrees: Any) -> list[float] | None:
+    """The upright x, y, width, height around a box that is turned about its center; None where it is not. CVAT's
+    exports hold the box before it was turned, and the angle as an attribute."""
+    try:
+        angle = math.radians(float(degrees))
+    except (TypeError, ValueError):
+        return None
+    sine, cosine = abs(math.sin(angle)), abs(math.cos(angle))
+    if not sine > 1e-6:  # nor a number
+        return None
+    x, y, width, height = box
+    w, h = width * cosine + height * sine, width * sine + height * cosine
+    return [x + (width - w) / 2, y + (height - h) / 2, w, h]
+
+
+def field_shown(text: str) -> str:
+    """A field of a label file in an error: not more of a file that may be any of this machine."""
+    return shown(text if len(text) <= LONGEST_FIELD else f"{text[: LONGEST_FIELD - 3]}...")
 
 
 def stem_of(name: str) -> str:

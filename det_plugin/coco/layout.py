@@ -9,8 +9,8 @@ COCO's json:
   a single one (CVAT's ``instances_default.json``, Label Studio's ``result.json``); the images are where the names
   lead, or in ``images/``.
 
-Pascal VOC: :mod:`det_plugin.coco.voc`. YOLO: :mod:`det_plugin.coco.yolo`. Where a folder holds one other alone, that
-one is looked into.
+Pascal VOC: :mod:`det_plugin.coco.voc`. YOLO: :mod:`det_plugin.coco.yolo`. Where a folder is no set and one in it is,
+that one is taken. Other formats are told by name (:mod:`det_plugin.coco.others`).
 
 Any other layout of COCO's: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``,
 relative to that file. A set of one split is divided by ``--val-share`` (:mod:`det_plugin.coco.share`).
@@ -20,15 +20,20 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
 import yaml
 
 from det_plugin.coco import voc, yolo
-from det_plugin.coco.content import FATAL, SPLIT_NAMES, Content, Stamp, split_folders
+from det_plugin.coco.content import FATAL, SPLIT_NAMES, Content, Stamp, split_folders, upright_sizes
+from det_plugin.coco.mend import mend
+from det_plugin.coco.others import others_told
 from det_plugin.coco.share import divided
 from pretrain.data.digest import hash_of, hash_of_file
 from pretrain.errors import UserError
@@ -47,7 +52,7 @@ LAYOUTS = {
 }
 # COCO's own other files; and how many names are tried to find the images
 NO_INSTANCES = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
-TRIED_NAMES, DEEPEST = 20, 3
+TRIED_NAMES, READ_AT_START, DEEPEST = 20, 2**16, 3
 LABEL_FOLDERS = ("annotations", "annotation", "labels")
 ONE_SPLIT = "give --val-share 0.2 to keep a fifth of its images for validation"
 
@@ -79,7 +84,15 @@ class CocoFiles:
         Raises:
             UserError: the file cannot be read.
         """
+        return self._divided(self._whole())
+
+    def _whole(self) -> Content:
         content = read_json(self.annotations) if self.reader is None else self.reader()
+        if self.format == "COCO":
+            _add_sizes(content["images"], self.images)
+        return content
+
+    def _divided(self, content: Content) -> Content:
         return divided(content, self.side, self.val_share) if self.side else content
 
     def hash(self) -> str:
@@ -94,12 +107,15 @@ class CocoFiles:
         Raises:
             UserError: names the first, with file and line.
         """
-        content = self.content()
+        content = self._whole()
         bad = [f"{text} ({kind})" for kind in FATAL for text in content.get("faults", {}).get(kind, ())]
         if bad:
             more = f", and {len(bad) - 1} more: posfield data check lists them" if len(bad) > 1 else ""
             raise UserError(f"data: {bad[0]}; mend or remove it{more}")
-        return content
+        odd = [f"{names[0]} ({kind})" for kind, names in content.get("faults", {}).items()]
+        if odd and not content["images"]:
+            raise UserError(f"data: {self.annotations} has no images: {odd[0]}")
+        return self._divided(content)
 
 
 def locate(data: str | Path, split: str, val_share: float = 0.0) -> CocoFiles:
@@ -174,17 +190,48 @@ def splits(data: Path, deep: int = 0) -> dict[str, CocoFiles]:
         return found
     if not data.is_dir():
         raise UserError(f"data: no file {data} and no folder of that name")
-    found = _laid_out(data) or _described(data) or _of_voc(data) or _of_yolo(data)
-    found = found or _of_json(_json_files(data), data)
-    inner = [at for at in data.iterdir() if at.is_dir() and not at.name.startswith((".", "__"))]
-    if not found and len(inner) == 1 and deep < DEEPEST:  # VOCdevkit/VOC2012
-        return splits(inner[0], deep + 1)
+    error: UserError | None = None
+    try:
+        found = _found(data)
+    except yolo.NoNames as unnamed:
+        found, error = {}, unnamed
+    if not found and deep < DEEPEST:  # VOCdevkit/VOC2012
+        found = _below(data, deep + 1)
+    if not found and error is None and (told := others_told(data)):
+        error = NoLabels(f"data: {told}")
     if not found:
         what = "COCO's .json, Pascal VOC's .xml or YOLO's .txt files (det_plugin/coco/layout.py lists the layouts)"
         told = f"tried {', '.join(_tried(split) for split in LAYOUTS)} (a .yaml file may name others)"
         told += "; posfield segment learns from masks that are images"
-        raise NoLabels(f"data: {data} holds no labels that are known, {what}; {told}")
+        raise error or NoLabels(f"data: {data} holds no labels that are known, {what}; {told}")
     return found
+
+
+def _found(data: Path) -> dict[str, CocoFiles]:
+    """The splits in a folder itself, of the first format that it has."""
+    found = _laid_out(data)
+    if found and "train" not in found:  # train_1.json beside val.json
+        others = set(_json_files(data)) - {files.annotations for files in found.values()}
+        named = _of_json(sorted(others), data).items() if others else ()
+        found = {split: files for split, files in named if split != "all"} | found
+    found = found or _described(data) or _of_voc(data) or _of_yolo(data)
+    return found or _of_json(_json_files(data), data)
+
+
+def _below(data: Path, deep: int) -> dict[str, CocoFiles]:
+    """The splits of the one folder in another that is a set.
+
+    Raises:
+        UserError: several are; names them.
+    """
+    found = dict[Path, dict[str, CocoFiles]]()
+    for at in sorted(data.iterdir()):
+        if at.is_dir() and not at.name.startswith((".", "__")):
+            with suppress(NoLabels, yolo.NoNames):
+                found[at] = splits(at, deep)
+    if len(found) > 1:
+        raise UserError(f"data: {data} holds several sets; name one: {', '.join(map(str, found))}")
+    return next(iter(found.values()), {})
 
 
 # --- COCO -------------------------------------------------------------------------------------------------
@@ -200,7 +247,23 @@ def read_json(file: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise UserError(f"data: {file} is no COCO instances file: it has no list {key!r}")
+    mend(content)
     return content
+
+
+def _add_sizes(images: list[Any], folder: Path) -> None:
+    """Width and height that are not said, by the headers; where there is none they stay unsaid."""
+    unsaid = [
+        each
+        for each in images
+        if isinstance(each, dict)
+        and not (each.get("width") and each.get("height"))
+        and isinstance(name := each.get("file_name"), str)
+        and _is_inside(folder, name)
+    ]
+    for each, size in zip(unsaid, upright_sizes(folder / each["file_name"] for each in unsaid)):
+        if size is not None:
+            each["width"], each["height"] = size
 
 
 def _laid_out(root: Path) -> dict[str, CocoFiles]:
@@ -210,7 +273,12 @@ def _laid_out(root: Path) -> dict[str, CocoFiles]:
             if (file := root / annotations).is_file():
                 folders = root / images, root / "images" / images
                 at = next((folder for folder in folders if folder.is_dir()), None)
-                found[split] = CocoFiles(file, at) if at else _with_images(file, root, split, root / images)
+                if at and any(_is_inside(at, name) for name in _names_at_start(file)):
+                    found[split] = CocoFiles(file, at)
+                elif at:  # train/a.jpg, or a path of another machine
+                    found[split] = _with_images(file, [at, root / "images", root], at)
+                else:
+                    found[split] = _with_images(file, _image_folders(file, root, split), root / images)
                 break
     test = CocoFiles(root / "test/_annotations.coco.json", root / "test")
     if test.annotations.is_file() and found.get("val") != test:
@@ -222,7 +290,8 @@ def _json_files(root: Path) -> list[Path]:
     """In the folder, in one of annotations, and in folders of splits."""
     places = [root, *(at for name in LABEL_FOLDERS if (at := root / name).is_dir())]
     files = [file for at in [*places, *split_folders(root).values()] for file in sorted(at.glob("*.json"))]
-    return [file for file in files if not file.name.startswith(NO_INSTANCES)]
+    own = [file for file in files if not file.name.startswith(NO_INSTANCES)]
+    return own or [file for file in files if file.name.startswith("person_keypoints")]  # CVAT's, with boxes
 
 
 def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles]:
@@ -242,7 +311,10 @@ def _of_json(files: list[Path], root: Path | None = None) -> dict[str, CocoFiles
                 raise UserError(
                     f"data: {found[split].annotations} and {file}: {told}; name one, or a .yaml file with both"
                 )
-            found[split] = _with_images(file, root or _root_of(file), split, None)
+            at = root or _root_of(file)
+            found[split] = _with_images(
+                file, _image_folders(file, at, split), at / "images" if (at / "images").is_dir() else at
+            )
     if len(found) > 1:
         found.pop("all", None)
     if len(found) == 1 and root is not None:
@@ -280,17 +352,31 @@ def _first_names_of(file: Path, stamp: Stamp) -> list[str] | None:
     return [name for name in names if isinstance(name, str) and name]
 
 
-def _with_images(file: Path, root: Path, split: str, otherwise: Path | None) -> CocoFiles:
-    """A COCO file with the first folder that holds its images, by name or, where the names are another machine's,
-    by their last parts."""
-    names = _first_names(file) or []
-    there = dict.fromkeys(at for at in _image_folders(file, root, split) if at.is_dir())
-    for mended in (False, True):
+def _names_at_start(file: Path) -> list[str]:
+    """Some names of images, without reading all of a large file."""
+    with open(file, "rb") as opened:
+        start = opened.read(READ_AT_START).decode("utf-8", "ignore")
+    names = list[str]()
+    for quoted in re.findall(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', start)[:TRIED_NAMES]:
+        with suppress(ValueError):
+            names.append(json.loads(quoted))
+    return names or _first_names(file) or []
+
+
+def _with_images(file: Path, folders: list[Path], otherwise: Path) -> CocoFiles:
+    """A COCO file with the folder that holds most of its first images: by their names, or by what is left of these
+    where they are another machine's."""
+    names, best, found = _first_names(file) or [], 0, CocoFiles(file, otherwise)
+    there = dict.fromkeys(at for at in folders if at.is_dir())
+    for named in (None, *BASES):
         for at in there:
-            if any(_is_inside(at, _base(name) if mended else name) for name in names):
-                reader = partial(_read_by_base, file) if mended else None
-                return CocoFiles(file, at, reader=reader)
-    return CocoFiles(file, otherwise or next((at for at in (root / "images",) if at.is_dir()), root))
+            n = sum(_is_inside(at, named(name) if named else name) for name in names)
+            if n > best:
+                reader = partial(_read_by_base, file, named) if named else None
+                best, found = n, CocoFiles(file, at, reader=reader)
+        if best == len(names):
+            break
+    return found
 
 
 def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
@@ -315,7 +401,26 @@ def _base(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2]
 
 
-def _read_by_base(file: Path) -> Content:
+def _base_of_url(name: str) -> str:
+    return _base(unquote(name.rpartition("?d=")[2].partition("?")[0]))
+
+
+def _base_before_upload(name: str) -> str:
+    """Without Label Studio's eight digits."""
+    return re.sub(r"^[0-9a-f]{8}-", "", _base_of_url(name))
+
+
+# macOS takes the accents of names apart
+BASES: tuple[Callable[[str], str], ...] = (
+    partial(normalize, "NFC"),
+    partial(normalize, "NFD"),
+    _base,
+    _base_of_url,
+    _base_before_upload,
+)
+
+
+def _read_by_base(file: Path, base: Callable[[str], str]) -> Content:
     """A COCO file whose names lead elsewhere (``..\\upload\\1\\a.jpg``, a URL), by their last parts.
 
     Raises:
@@ -324,7 +429,7 @@ def _read_by_base(file: Path) -> Content:
     content, seen = read_json(file), set[str]()
     for image in content["images"]:
         if isinstance(image, dict) and isinstance(image.get("file_name"), str):
-            image["file_name"] = name = _base(image["file_name"])
+            image["file_name"] = name = base(image["file_name"])
             if name in seen:
                 raise UserError(
                     f"data: {file} names two images {name} in folders that are not here; rename one"

@@ -40,6 +40,9 @@ def of_validation(content: Mapping[str, Any], share: float, seed: int = SEED) ->
     ids = {each["id"]: each.get("file_name") for each in images if isinstance(each.get("id"), int)}
     names = {id: name for id, name in ids.items() if isinstance(name, str)}
     places = {name: place(name, seed) for name in names.values()}
+    if len(names) < min(len(images), 2):
+        told = "images need an id that is a whole number and a file_name, to be divided"
+        raise UserError(f"--val-share: {len(images) - len(names)} of {len(images)} {told}")
     if len(set(places.values())) < 2:
         raise UserError(f"--val-share: {len(set(places.values()))} images cannot be divided; give more")
     classes = defaultdict[str, set[float]](set)

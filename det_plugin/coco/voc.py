@@ -2,20 +2,22 @@
 
 Folders: ``Annotations/``, ``JPEGImages/`` and perhaps ``ImageSets/Main/{train,val,trainval,test}.txt``;
 ``annotations/`` beside ``images/``; .xml files beside their images; each also once a split (``train/``,
-``valid/``, ``test/``). A file and its image have the same name; ``<filename>`` is asked where they have not.
+``valid/``, ``test/``). A file and its image have the same name; ``<filename>`` is asked where they have not, or where
+several images have it.
 
 VOC counts pixels from 1, and the last one belongs to the box: ``xmin`` - 1 and ``ymin`` - 1 are its first corner,
 ``xmax`` and ``ymax`` its last, as in Detectron2 (torchvision hands the numbers through). Where the corners are
-equal or in the wrong order, somebody has clicked and not drawn: such a box has no area.
+equal, somebody has clicked and not drawn: such a box has no area. Corners in the wrong order are put in the right
+one. A box that CVAT has turned becomes the upright one around it. Both are said.
 
 ``difficult`` objects are what COCO calls crowds: left out of training, ignored in evaluation as VOC's own does it;
 ``--crowds objects`` takes them as objects. Classes are the names of all splits, in the alphabet's order. Masks
 (``SegmentationObject/``) are not read.
 """
 
-import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from xml.etree.ElementTree import Element
 from det_plugin.coco.content import (
     ALONE,
     DAMAGED,
+    ROTATED_BOXES,
     SPLIT_NAMES,
     UNLABELED,
     Content,
     Stamp,
+    around_rotated,
+    field_shown,
     is_image,
     listed,
     read_once,
@@ -42,6 +47,8 @@ from pretrain.settings import shown
 XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 CROWDS = "difficult, as crowds (iscrowd 1) are"  # what messages call them
+SWAPPED = "boxes whose corners are in the wrong order, which are put in the right one"
+SHAPES = ("robndbox", "polygon")  # without a box
 FLAG = {"1": 1, "true": 1, "0": 0, "false": 0, "": 0}
 
 
@@ -115,7 +122,7 @@ def _listed_splits(root: Path, whole: Part) -> dict[str, Part]:
     """The splits of ``ImageSets/Main``. Lists by class (``dog_train.txt``) are no splits."""
     folder = sub_folder(root, ("imagesets",))
     folder = (folder and sub_folder(folder, ("main",))) or folder
-    lists = {file.stem: file for file in sorted(folder.glob("*.txt"))} if folder else {}
+    lists = {file.stem.lower(): file for file in sorted(folder.glob("*.txt"))} if folder else {}
     by_split = {split: lists[name] for split, names in SPLIT_NAMES.items() for name in names if name in lists}
     if "trainval" in lists and not {"train", "val"} <= by_split.keys():
         by_split = {"train": lists["trainval"], **{k: v for k, v in by_split.items() if k == "test"}}
@@ -128,7 +135,7 @@ def _of_list(file: Path, whole: Part) -> Part:
     chosen, absent = dict[str, Stamp](), list[str]()
     names = {stem_of(name): name for name in whole.xmls}
     names |= {name.rpartition("/")[2]: xml for name, xml in names.items()}
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -180,34 +187,61 @@ def _read(parts: dict[str, Part]) -> dict[str, Content]:
 
 
 def _read_part(part: Part) -> tuple[list[_Labels], dict[str, list[str]]]:
-    by_stem = {stem_of(name): name for name in reversed(part.pictures)}
-    bases = Counter(stem.rpartition("/")[2] for stem in by_stem)
-    by_base = {
-        stem.rpartition("/")[2]: name for stem, name in by_stem.items() if bases[stem.rpartition("/")[2]] == 1
-    }
+    find = _finder(part.pictures)
     found, faults = list[_Labels](), defaultdict[str, list[str]](list)
     faults[DAMAGED] += part.absent
     for xml in part.xmls:
-        file, stem = part.folder / xml, stem_of(xml)
+        file = part.folder / xml
         try:
             tree = read_xml(file)
         except ValueError as error:
             faults[DAMAGED].append(f"{file}: {error}")
             continue
-        told = (tree.findtext("filename") or "").replace("\\", "/").rpartition("/")[2]
-        tries = (by_stem.get(stem), by_base.get(stem.rpartition("/")[2]), by_base.get(stem_of(told)))
-        picture = next((name for name in tries if name), None)
-        if picture is None:
+        told = (tree.findtext("filename") or "").strip().replace("\\", "/").rpartition("/")[2]
+        pictures = find(stem_of(xml), told)
+        if not pictures:
             faults[ALONE].append(xml)
             continue
-        labels = _Labels(picture, _size(tree), [])
+        if len(pictures) > 1:
+            names = ", ".join(pictures)
+            faults[DAMAGED].append(f"{file}: it may be of {names}; name one in <filename>")
+            continue
+        labels = _Labels(pictures[0], _size(tree), [])
         for number, element in enumerate(tree.findall("object"), 1):
             try:
-                labels.objects.append(_object(element))
+                name, box, difficult, odd = _object(element)
+                labels.objects.append((name, box, difficult))
+                for kind in odd:
+                    faults[kind].append(f"{file}:{_line(file, number)}")
             except ValueError as error:
                 faults[DAMAGED].append(f"{file}:{_line(file, number)}: object {number} has {error}")
         found.append(labels)
+    for name, n in Counter(each.picture for each in found).items():
+        if n > 1:
+            faults[DAMAGED].append(f"{part.folder}: {n} .xml files are of {name}; keep one")
     return sorted(found, key=lambda each: each.picture), {kind: own for kind, own in faults.items() if own}
+
+
+def _finder(pictures: Iterable[str]) -> Callable[[str, str], list[str]]:
+    """A function of the stem of an .xml file and its ``<filename>`` that gives the images it may be of."""
+    own = list(pictures)
+    names, stems, bases, base_stems = set(own), *(defaultdict[str, list[str]](list) for _ in "123")
+    for name in own:
+        base = name.rpartition("/")[2]
+        stems[stem_of(name)].append(name)
+        bases[base].append(name)
+        base_stems[stem_of(base)].append(name)
+
+    def find(stem: str, told: str) -> list[str]:
+        base = stem.rpartition("/")[2]
+        if stem in names:  # a.jpg.xml
+            return [stem]
+        by_stem = stems.get(stem) or base_stems.get(base) or bases.get(base) or []
+        if len(by_stem) > 1:
+            return [name for name in by_stem if name.rpartition("/")[2] == told] or by_stem
+        return by_stem or bases.get(told) or base_stems.get(told) or base_stems.get(stem_of(told)) or []
+
+    return find
 
 
 def _line(file: Path, number: int) -> int:
@@ -226,8 +260,8 @@ def _size(tree: Element) -> tuple[int, int] | None:
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _object(element: Element) -> tuple[str, list[float], int]:
-    """Name, box (x, y, width, height) and difficult.
+def _object(element: Element) -> tuple[str, list[float], int, list[str]]:
+    """Name, box (x, y, width, height), difficult, and the kinds of what is odd about the box.
 
     Raises:
         ValueError: one is missing or no such; says which.
@@ -237,21 +271,44 @@ def _object(element: Element) -> tuple[str, list[float], int]:
     if not name:
         raise ValueError("no <name>")
     if flag.lower() not in FLAG:
-        raise ValueError(f"the <difficult> {shown(flag)}, not 0 or 1")
-    at = element.find("bndbox")
-    box = {} if at is None else {child.tag: child.text or "" for child in at}
-    told = [box.get(corner, "") for corner in CORNERS]
-    try:
-        x0, y0, x1, y1 = corners = [float(value) for value in told]
-        if not all(math.isfinite(value) and abs(value) <= FARTHEST_PX for value in corners):
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"no <bndbox> of four numbers {', '.join(CORNERS)} (but {', '.join(told)[:60]!r})"
-        ) from None
+        raise ValueError(f"the <difficult> {field_shown(flag)}, not 0 or 1")
+    x0, y0, x1, y1 = _corners(element)
+    odd = [SWAPPED] if x1 < x0 or y1 < y0 else []
+    (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
     has_area = x1 > x0 and y1 > y0
-    size = [x1 - x0 + 1, y1 - y0 + 1] if has_area else [max(x1 - x0, 0.0), max(y1 - y0, 0.0)]
-    return name, [x0 - 1, y0 - 1, *size], FLAG[flag.lower()]
+    box = [x0 - 1, y0 - 1, *([x1 - x0 + 1, y1 - y0 + 1] if has_area else [x1 - x0, y1 - y0])]
+    if turned := around_rotated(box, _attribute(element, "rotation")):
+        box, odd = turned, [*odd, ROTATED_BOXES]
+    return name, box, FLAG[flag.lower()], odd
+
+
+def _corners(element: Element) -> list[float]:
+    """The numbers of the ``<bndbox>``.
+
+    Raises:
+        ValueError: names the one that is missing or no number of pixels.
+    """
+    at, corners = element.find("bndbox"), list[float]()
+    what = f"no <bndbox> of four numbers {', '.join(CORNERS)}"
+    if at is None:
+        others = [child.tag for child in element if child.tag in SHAPES]
+        raise ValueError(f"{what}, but a <{others[0]}>" if others else what)
+    for corner in CORNERS:
+        text = at.findtext(corner)
+        try:
+            corners.append(float(text or ""))
+            if not abs(corners[-1]) <= FARTHEST_PX:
+                raise ValueError
+        except ValueError:
+            told = f"the <{corner}> {field_shown(text)}" if text else f"no <{corner}>"
+            raise ValueError(f"{what} ({told})") from None
+    return corners
+
+
+def _attribute(element: Element, name: str) -> str:
+    """An attribute of an object, as CVAT writes them; empty if it has none."""
+    own = (each for each in element.iterfind("attributes/attribute") if each.findtext("name") == name)
+    return next((each.findtext("value") or "" for each in own), "")
 
 
 def _content(part: Part, labels: list[_Labels], ids: dict[str, int], faults: dict[str, list[str]]) -> Content:

@@ -8,13 +8,16 @@ Paths of another machine are found by their ends. The labels of ``a/images/b.jpg
 beside the image. An image without a file has no objects, as everywhere with YOLO.
 
 An image's size is its header's, as it is shown (EXIF). Category ids are the numbers of the classes. A box alone has
-no segmentation; of a polygon the box is its extent. With ``kpt_shape`` lines hold a box and key points.
+no segmentation; of a polygon the box is its extent. With ``kpt_shape``, or where all lines look so, lines hold a box
+and key points. Key points, the numbers of tracks (CVAT's) and the angle of oriented boxes are not learned, and that
+is said.
 """
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,13 @@ import yaml
 from det_plugin.coco.content import (
     ALONE,
     DAMAGED,
+    FEWEST_BOXES,
     SPLIT_NAMES,
     UNKNOWN,
     UNLABELED,
     Content,
     Stamp,
+    field_shown,
     is_image,
     listed,
     read_once,
@@ -38,7 +43,7 @@ from det_plugin.coco.content import (
     upright_sizes,
 )
 from pretrain.errors import UserError
-from pretrain.files import read_plain
+from pretrain.files import read_lines, read_plain
 from pretrain.settings import MAX_YAML_BYTES, shown, without_content
 
 NAME_FILES = (
@@ -48,8 +53,15 @@ NAME_FILES = (
     "predefined_classes.txt",
     "labels.txt",
     "names.txt",
+    "_darknet.labels",
 )
 SPLITS = {split: (*names, "dev") if split == "val" else names for split, names in SPLIT_NAMES.items()}
+POINTS = "label lines with key points, of which the box alone is read"
+TRACKS = "label lines with the number of a track at their end, which is left aside"
+ORIENTED = (
+    "oriented boxes: the masks are of their four corners, the boxes upright (masks=off learns these alone)"
+)
+LOOKED_AT = 500  # label files of a split, to see whether they hold key points
 FARTHEST = 2.0  # of a coordinate from the image, in its widths: beyond are pixels, or damage
 
 
@@ -61,7 +73,7 @@ class Part:
         file: the folder or the list that says which they are.
         images: the folder that their names are relative to.
         pictures: {name below it: (its stamp, its label file or "", the stamp of that)}.
-        absent: lines of a list that name no image.
+        absent: lines of a list that name no image, and label files of two images.
         alone: label files in these folders that belong to no image.
     """
 
@@ -79,6 +91,10 @@ class Found:
     file: Path
     names: dict[int, str]
     parts: dict[str, Part]
+
+
+class NoNames(UserError):
+    """A folder with labels somewhere below, and nothing that names their classes."""
 
 
 def description(root: Path) -> Path | None:
@@ -133,6 +149,7 @@ def find(root: Path) -> Found | None:
     if file is None:
         return _by_folders(root)
     told, folder = _read_darknet(file) if file.suffix == ".data" else read_yaml(file), file.parent
+    told = {**{key.lower(): value for key, value in told.items() if isinstance(key, str)}, **told}
     names = told.get("names")
     if file.suffix == ".data":
         names = _lines(_here(str(names), [folder], f"data: {file}: names"))
@@ -149,13 +166,36 @@ def find(root: Path) -> Found | None:
             if split != "test":
                 raise
     kept = {split: own for split, own in entries.items() if own}
+    if not kept and isinstance(other := told.get("default"), str):  # CVAT's name of no split
+        kept = {"all": [_here(other, bases, f"data: {file}: default")]}
     if not kept:
         raise UserError(f"data: {file} names no images; give train: FOLDER, and val: FOLDER")
-    if kept.get("train") == kept.get("val"):  # as COCO128 has it: nothing is kept for validation
+    if "train" in kept and kept["train"] == kept.get(
+        "val"
+    ):  # as COCO128 has it: nothing is kept for validation
         kept = {"all": kept["train"]}
     labels = _Folders()
-    parts = {split: _part(own, bases, labels) for split, own in kept.items()}
+    parts = _with_images({split: _part(own, bases, labels) for split, own in kept.items()})
+    _check_labels(parts, file)
     return Found(file, _names(names, file), _with_alone(parts, labels))
+
+
+def _with_images(parts: dict[str, Part]) -> dict[str, Part]:
+    """Without empty folders, as exports have them for splits that nobody made."""
+    return {split: part for split, part in parts.items() if part.pictures or part.absent} or parts
+
+
+def _check_labels(parts: Mapping[str, Part], file: Path) -> None:
+    """Refuse a described set in which no image has a label file.
+
+    Raises:
+        UserError: says where the first image's is looked for.
+    """
+    pictures = [(part, *each) for part in parts.values() for each in part.pictures.items()]
+    if pictures and not any(label for _, _, (_, label, _) in pictures):
+        image = pictures[0][0].images / pictures[0][1]
+        where = f"{image.with_suffix('.txt')} or with labels/ in place of images/"
+        raise UserError(f"data: {file}: no image has a label file; that of the first would be {where}")
 
 
 def _by_folders(root: Path) -> Found | None:
@@ -171,14 +211,34 @@ def _by_folders(root: Path) -> Found | None:
     parts = {split: _part([at], [root], labels) for split, at in folders.items()}
     if not any(label for part in parts.values() for _, label, _ in part.pictures.values()):
         return None
-    places = [root, root / "labels", *folders.values()]
-    file = next((at / name for at in places for name in NAME_FILES if (at / name).is_file()), None)
-    if file is None:
+    places = [root, root / "labels", *folders.values(), *map(Path, labels.label_folders.values())]
+    files = _name_files(places, labels.used)
+    if not files:
         told = (
             f"the names of its classes: give a {NAME_FILES[0]} with a name a line, or a data.yaml with names"
         )
-        raise UserError(f"data: {root} holds labels as YOLO's, but not {told}")
-    return Found(root, _names(_lines(file), file), _with_alone(parts, labels))
+        raise NoNames(f"data: {root} holds labels as YOLO's, but not {told}")
+    names = {file: _names(_lines(file), file) for file in files}
+    file, *others = files
+    for other in others:
+        if names[other] != names[file]:
+            raise UserError(
+                f"data: {file} and {other} name other classes, so the numbers differ; give a data.yaml"
+            )
+    return Found(root, names[file], _with_alone(_with_images(parts), labels))
+
+
+def _name_files(places: Iterable[Path], labels: set[str]) -> list[Path]:
+    """The file of names in each folder that has one; those of images called so are none."""
+    found = []
+    for at in dict.fromkeys(places):
+        named = (at / name for name in NAME_FILES)
+        found += [
+            file
+            for file in (*named, *sorted(at.glob("*.names")))
+            if file.is_file() and str(file) not in labels
+        ][:1]
+    return found
 
 
 def stamp_of(found: Found) -> int:
@@ -196,14 +256,21 @@ def read(root: Path, split: str, stamp: int) -> Content:
     def read_all() -> dict[str, Content]:
         found = find(root)
         assert found is not None, root
-        has_points = _has_points(found.file)
-        return {name: _content(part, found.names, has_points) for name, part in found.parts.items()}
+        with_points = _points_of(found)
+        return {name: _content(part, found.names, with_points) for name, part in found.parts.items()}
 
     return read_once(("yolo", root, stamp), split, read_all)
 
 
-def _has_points(file: Path) -> bool:
-    return file.suffix in (".yaml", ".yml") and "kpt_shape" in read_yaml(file)
+def _points_of(found: Found) -> Callable[[list[str]], bool]:
+    """Whether a line holds a box and key points: where it is said, or where all long lines look so."""
+    if found.file.suffix in (".yaml", ".yml") and "kpt_shape" in read_yaml(found.file):
+        return lambda words: len(words) > 5
+    labels = [[label for _, label, _ in part.pictures.values() if label] for part in found.parts.values()]
+    first = (label for own in labels for label in own[:LOOKED_AT])
+    lines = (words for label in first for _, words in _numbered(label, defaultdict(list)))
+    looks = [_is_with_points(words) for words in lines if len(words) > 6]
+    return _is_with_points if len(looks) >= FEWEST_BOXES and all(looks) else lambda words: False
 
 
 # --- where everything is ----------------------------------------------------------------------------------
@@ -228,7 +295,10 @@ def _here(told: str, bases: Sequence[Path], what: str) -> Path:
             for at in whole[0 if whole[0].is_absolute() else 1 :]:
                 if at.exists():
                     return at
-    raise UserError(f"{what}: {shown(told)} is no folder and no list of images here; mend the path")
+    raise UserError(
+        f"{what}: {shown(told)} is no folder and no list of images here; mend the path, or remove "
+        "it where the export has none"
+    )
 
 
 class _Folders:
@@ -292,7 +362,9 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
                     if os.path.basename(at) in labels.files(os.path.dirname(at)):
                         paths[at] = None
                     else:
-                        absent.append(f"{entry}:{number}: no image {shown(line.strip())}")
+                        absent.append(
+                            f"{entry}:{number}: no image {shown(line.strip())}; export with images, or add them"
+                        )
     folders = [str(entry) for entry in entries]
     if len(folders) > 1 or not entries[0].is_dir():
         folders = [str(bases[0]), *sorted({os.path.dirname(path) for path in paths})]
@@ -306,6 +378,13 @@ def _part(entries: Sequence[Path], bases: Sequence[Path], labels: _Folders) -> P
             places[folder] = base, "" if inside == "." else f"{inside}/"
         base, inside = places[folder]
         found[inside + name] = (labels.files(folder).get(name, (0, 0)), *labels.label(folder, name, base))
+    of_label = Counter(label for _, label, _ in found.values() if label)
+    shared = [
+        f"{label}: {n} images of this name, but one label file; rename one"
+        for label, n in of_label.items()
+        if n > 1
+    ]
+    absent += shared
     return Part(entries[0], Path(images), dict(sorted(found.items())), absent)
 
 
@@ -328,7 +407,20 @@ def _with_alone(parts: dict[str, Part], labels: _Folders) -> dict[str, Part]:
 
 
 def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in file.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    """The names in a file, one a line.
+
+    Raises:
+        UserError: it cannot be read; a line between is empty, so that the numbers of the next are unclear.
+    """
+    try:
+        lines = read_lines(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"data: {file}: {getattr(error, 'strerror', None) or error}") from error
+    if "" in lines:
+        raise UserError(
+            f"data: {file}:{lines.index('') + 1}: an empty line; give a name a line, without gaps"
+        )
+    return lines
 
 
 def _names(told: Any, file: Path) -> dict[int, str]:
@@ -347,7 +439,7 @@ def _names(told: Any, file: Path) -> dict[int, str]:
 # --- labels -----------------------------------------------------------------------------------------------
 
 
-def _content(part: Part, names: Mapping[int, str], has_points: bool) -> Content:
+def _content(part: Part, names: Mapping[int, str], with_points: Callable[[list[str]], bool]) -> Content:
     faults = defaultdict[str, list[str]](list, {DAMAGED: list(part.absent), ALONE: list(part.alone)})
     sizes = upright_sizes(part.images / name for name in part.pictures)
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -357,61 +449,108 @@ def _content(part: Part, names: Mapping[int, str], has_points: bool) -> Content:
         if not label:
             faults[UNLABELED].append(name)
             continue
-        for number, line in _numbered(label, faults):
+        for number, words in _numbered(label, faults):
+            who = f"{label}:{number}"
             try:
-                category, box, polygon = _object(line.split(), width, height, has_points)
+                category, values = _numbers(words)
+                values, left = _without_more(words, values, with_points(words))
+                box, polygon = _shape(words, values, width, height)
             except ValueError as error:
-                faults[DAMAGED].append(f"{label}:{number}: {error}")
+                faults[DAMAGED].append(f"{who}: {error}")
                 continue
             if category not in names:
-                faults[UNKNOWN].append(f"{label}:{number}: class {category}")
+                faults[UNKNOWN].append(f"{who}: class {category}")
                 continue
+            if left:
+                faults[left].append(who)
             whole = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "bbox": box}
-            shape = {"segmentation": [polygon]} if polygon else {}
-            annotations.append(
-                {**whole, "area": box[2] * box[3] if not polygon else None, "iscrowd": 0, **shape}
+            # a polygon's area is its mask's, which the evaluation computes
+            more = (
+                {"iscrowd": 0, "segmentation": [polygon]}
+                if polygon
+                else {"area": box[2] * box[3], "iscrowd": 0}
             )
-    for annotation in annotations:
-        if annotation["area"] is None:  # the mask's, which the evaluation computes
-            del annotation["area"]
+            annotations.append({**whole, **more})
+    faults[ORIENTED] = _oriented(annotations, part)
     categories = [{"id": id, "name": name} for id, name in names.items()]
     kept = {kind: own for kind, own in faults.items() if own}
     return {"images": images, "annotations": annotations, "categories": categories, "faults": kept}
 
 
-def _numbered(file: str, faults: dict[str, list[str]]) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers."""
+def _oriented(annotations: Sequence[Mapping[str, Any]], part: Part) -> list[str]:
+    """The images with polygons, where all have four corners and not all are upright: exports of oriented boxes."""
+    polygons = [(each["image_id"], each["segmentation"][0]) for each in annotations if "segmentation" in each]
+    if any(len(polygon) != 8 for _, polygon in polygons):
+        return []
+    turned = [
+        id
+        for id, xy in polygons
+        if len({round(x) for x in xy[::2]}) > 2 or len({round(y) for y in xy[1::2]}) > 2
+    ]
+    names = list(part.pictures)
+    return [names[id - 1] for id in turned]
+
+
+def _numbered(file: str, faults: dict[str, list[str]]) -> list[tuple[int, list[str]]]:
+    """The words of the lines that are not empty, with the lines' numbers."""
     try:
         text = Path(file).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         faults[DAMAGED].append(f"{file}: {getattr(error, 'strerror', None) or 'no text in UTF-8'}")
         return []
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(number, words) for number, line in enumerate(text.splitlines(), 1) if (words := line.split())]
 
 
-def _object(
-    words: list[str], width: int, height: int, has_points: bool
-) -> tuple[int, list[float], list[float]]:
-    """Class, box (x, y, width, height) and polygon in pixels, empty for a box alone.
+def _is_with_points(words: list[str]) -> bool:
+    """Whether a line is a class, a box, and points with a flag (0 hidden, 1, 2 visible)."""
+    flags = [re.sub(r"\.0+$", "", word) for word in words[7::3]]
+    return len(words) > 7 and len(words) % 3 == 2 and all(flag in ("0", "1", "2") for flag in flags)
+
+
+def _numbers(words: list[str]) -> tuple[int, list[float]]:
+    """The class and what follows it.
+
+    Raises:
+        ValueError: names the field that is no such number.
+    """
+    values = list[float]()
+    for number, word in enumerate(words, 1):
+        try:
+            values.append(float(word))
+        except ValueError:
+            raise ValueError(f"field {number}, {field_shown(word)}, is no number") from None
+    if not values[0].is_integer() or values[0] < 0:
+        raise ValueError(f"{field_shown(words[0])} is no number of a class")
+    return int(values[0]), values[1:]
+
+
+def _without_more(words: list[str], values: list[float], has_points: bool) -> tuple[list[float], str]:
+    """The numbers of the box or the polygon, and the kind of what was left aside."""
+    if has_points:
+        return values[:4], POINTS
+    if len(values) > 4 and len(values) % 2 and words[-1].isdecimal():
+        return values[:-1], TRACKS
+    return values, ""
+
+
+def _shape(words: list[str], values: list[float], width: int, height: int) -> tuple[list[float], list[float]]:
+    """Box (x, y, width, height) and polygon in pixels, empty for a box alone.
 
     Raises:
         ValueError: a line that is none of these; says why.
     """
-    try:
-        category, values = float(words[0]), [float(word) for word in words[1:]]
-    except ValueError:
-        raise ValueError(f"{shown(' '.join(words))} is not all numbers") from None
-    values = values[:4] if has_points else values
-    if not category.is_integer() or category < 0:
-        raise ValueError(f"{shown(words[0])} is no number of a class")
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         what = "class, x, y, width, height, or class and three or more points x, y"
-        raise ValueError(f"{len(words)} numbers, not {what}")
-    if not all(math.isfinite(value) and abs(value - 0.5) <= FARTHEST for value in values):
-        raise ValueError(f"{shown(' '.join(words))[:80]} is not in shares of the image, from 0 to 1")
+        more = "; is the last a confidence? Remove it" if len(values) == 5 or len(values) > 6 else ""
+        raise ValueError(f"{len(words)} numbers, not {what}{more}")
+    for word, value in zip(words[1:], values):
+        if not (math.isfinite(value) and abs(value - 0.5) <= FARTHEST):
+            raise ValueError(f"{field_shown(word)} is not in shares of the image, from 0 to 1")
     if len(values) == 4:
         x, y, w, h = values
-        return int(category), [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height], []
+        if min(w, h) < 0:
+            raise ValueError(f"{field_shown(words[3 if w < 0 else 4])} is no width or height")
+        return [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height], []
     xs, ys = [x * width for x in values[0::2]], [y * height for y in values[1::2]]
     polygon = [value for point in zip(xs, ys) for value in point]
-    return int(category), [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)], polygon
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)], polygon

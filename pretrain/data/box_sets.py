@@ -101,7 +101,7 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """The root element of a small XML file that has no document type.
+    """The root element of a small XML file that has no document type; names are without namespaces.
 
     Raises:
         ValueError: the file cannot be read, is too large, has a document type or is no XML; says which.
@@ -115,6 +115,8 @@ def read_xml(file: Path) -> ElementTree.Element:
         raise ValueError(error.strerror) from error
     except (ElementTree.ParseError, LookupError) as error:  # LookupError: an unknown encoding
         raise ValueError(str(error)) from error
+    for element in root.iter() if root.tag.startswith("{") else ():  # of a namespace
+        element.tag = element.tag.rpartition("}")[2]
     return root
 
 
