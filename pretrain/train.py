@@ -29,11 +29,13 @@ from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import finished, planned, read_result, write_result
 from pretrain.run_lock import check_seen, run_lock
 from pretrain.schedules import effective_epochs
-from pretrain.settings import as_dict, compared, flat, keys_where
+from pretrain.settings import as_dict, compared, fields, flat, keys_where
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
 
+# settings that earlier runs did not have
+ADDED = ("positions.init", "positions.init_grid", "positions.init_scale", "positions.learnable")
 COLLAPSED_LINES = 5  # of the log; features of a few first iterations after the warm-up may be alike
 
 
@@ -243,6 +245,17 @@ def with_method_of(config: TrainSettings, saved: Any) -> Any:
 def without_paths(config: TrainSettings) -> dict[str, Any]:
     """Plain values of a config, its method by name alone: where a method's file lies changes no run."""
     return {**as_dict(config), "method": Path(config.method).stem}
+
+
+def hashed(config: TrainSettings) -> dict[str, Any]:
+    """What a run's ``config_hash`` stands for: :func:`without_paths`, of settings that earlier runs did not have only
+    what is away from its default, so that their hashes stay."""
+    values = without_paths(config)
+    for key, info, _ in fields(type(config)):
+        group, _, name = key.rpartition(".")
+        if key in ADDED and values[group][name] == info.default:
+            del values[group][name]
+    return values
 
 
 def run_name(config: TrainSettings) -> str:
@@ -460,7 +473,7 @@ class Run:
             "wall_time_s": now.wall_time_s,
             "loss_terms": now.loss_terms,
             "post_training": self.trainer.method.stage == "posttrain",
-            **provenance(without_paths(config), backbone),
+            **provenance(hashed(config), backbone),
         }
 
     def origin(self) -> dict[str, Any]:
@@ -474,7 +487,7 @@ class Run:
             "method": run_name(config),
             "effective_epochs": round(epochs, 2),
             "seed": config.run.seed,
-            "config_hash": config_hash(without_paths(config)),
+            "config_hash": config_hash(hashed(config)),
             "data": f"{len(self.dataset)} images",
             "position_masks": learns_positions(self.trainer),  # whether pos_mask_token was ever learned
         }

@@ -110,12 +110,13 @@ class Trainer:
         scheduled = scheduled_at(self.iteration, config.optim, length)
         set_schedules(self.optimizer, **scheduled, epoch=self.iteration // length.epoch_iters)
         here = [batch.to(self.device, self.dtype) for batch in micro_batches]
-        progress.seed_micro_batch(0)  # what preparing and examining draw, a resumed run draws alike
+        progress.seed_micro_batch(0)  # what preparing draws, a resumed run draws alike
         with self.autocast:
             prepared = self.method.prepare(here, progress)
-            signs = self.method.diagnostics(here, prepared) if examine else {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(here, prepared, progress)
+        with self.autocast:
+            signs = self.method.diagnostics(here, prepared) if examine else {}
         self.ranks.reshard()
         grad_norm = clip_gradients(self.method.student, config.optim.clip_grad)
         losses = {"loss": loss.total, **loss.terms, "grad_norm": grad_norm}

@@ -57,7 +57,8 @@ OF_PROBES = {
 # Keys of groups that all methods share, of which one has no use for some.
 UNREAD = {
     "intertwined": set(),
-    "paka": {"backbone.layer_scale_init"},  # the file says which LayerScale it has
+    # the file says which LayerScale it has, and its field is no new one
+    "paka": {"backbone.layer_scale_init", "positions.init_grid", "positions.init_scale"},
     "mae": {"crops.local_inside"},  # no local crops
 }
 

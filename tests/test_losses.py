@@ -7,6 +7,7 @@ import torch
 
 from pretrain.heads import HeadOutput, ProjectionHead
 from pretrain.losses import (
+    explained_share,
     image_loss,
     koleo_loss,
     patch_loss,
@@ -120,6 +121,33 @@ def test_entropies_tell_the_two_collapses():
     ]:
         got = teacher_entropies(HeadOutput(rows.double(), prototypes), zero, 0.01)
         assert [value.item() for value in got] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_share_explained_is_between_the_mean_prediction_and_the_teacher(rng):
+    """By its definition, with loops: 0 for the teacher's mean, 1 for the teacher, negative for worse; chunks
+    change nothing; of a teacher that says one thing everywhere nothing is left to explain."""
+    teacher, center = random_head(rng, 7), torch.randn(1, 6, generator=rng, dtype=torch.float64)
+    weights = torch.rand(7, generator=rng, dtype=torch.float64)
+    p = distribution(teacher, center, 0.3)
+    share = weights / weights.sum()
+    mean = (share.unsqueeze(1) * p).sum(0)
+    entropy = sum(-w * math.fsum(v * math.log(v) for v in row) for w, row in zip(share.tolist(), p.tolist()))
+
+    def found(q, n_rows=2, teacher=teacher):
+        loss = -(weights @ (distribution(teacher, center, 0.3) * q.log()).sum(1))
+        return [float(x) for x in explained_share(teacher, center, 0.3, weights, loss, n_rows)]
+
+    assert found(p) == pytest.approx([entropy, 1], rel=1e-12)
+    assert found(mean) == pytest.approx([entropy, 0], abs=1e-12)
+    q = torch.softmax(torch.randn(7, 6, generator=rng, dtype=torch.float64), -1)
+    kl = [float(share @ (p * (p / prediction).log()).sum(1)) for prediction in (q, mean)]
+    assert found(q)[1] == pytest.approx(1 - kl[0] / kl[1], rel=1e-12) and found(q)[1] < 0
+    assert found(q, 0) == pytest.approx(found(q), rel=1e-12)
+    same = HeadOutput(teacher.bottleneck[:1].expand(7, -1), teacher.prototypes)
+    assert found(q, teacher=same)[1] == 0
+    assert [float(x) for x in explained_share(
+        HeadOutput(teacher.bottleneck[:0], teacher.prototypes), center, 0.3, weights[:0], q.new_zeros(()), 2
+    )] == [0, 0]  # fmt: skip
 
 
 def test_koleo_is_the_mean_log_distance_to_the_nearest(rng):

@@ -186,12 +186,36 @@ def test_parts_of_a_batch_equal_the_whole(folder, extra):
         batches = [batch for batch, _ in build_loader(parts, data, it, it + 1)]
         assert len(batches) == 3
         (all_at_once,) = [batch for batch, _ in build_loader(whole, data, it, it + 1)]
-        a, b = one.step([all_at_once]).losses, two.step(batches).losses
-        assert a.keys() == b.keys()
-        for name in a:
+        a, b = one.step([all_at_once], examine=True).losses, two.step(batches, examine=True).losses
+        assert a.keys() == b.keys() and ("position_explained" in a) == (extra != BASELINE)
+        # of a batch in parts these are of the first
+        for name in a.keys() - {"teacher_entropy", "mean_entropy", "feature_std", "effective_rank"}:
             torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-9)
     for (name, x), y in zip(one.tensors().items(), two.tensors().values()):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_l_pos_is_logged_beside_what_the_mean_prediction_costs(folder, parts):
+    """From the logged L_pos and all of the teacher's rows in one table."""
+    words = ["run.precision=float64", "losses.position=2.0", "optim.batch_size=4", "step.loss_rows=5"]
+    config = settings(folder, *words, f"step.accumulate={parts}")
+    trainer = trainer_of(config)
+    batches = [batch for batch, _ in build_loader(config, build_dataset(config), 0, 1)]
+    here = [batch.to(trainer.device, trainer.dtype) for batch in batches]
+    prepared, p, weights = trainer.method.prepare(here, progress_at()), [], []
+    for batch, targets in zip(here, prepared.targets):
+        p.append(distribution(targets["position"], prepared.centers["position"], 0.04))
+        weights.append(batch.masks.position_weight.double())
+    p, weights = torch.cat(p), torch.cat(weights)
+    share, n_crops = weights / weights.sum(), sum(len(batch.global_crops) for batch in here)
+    losses = trainer.step(batches, examine=True).losses
+    entropy, mean = share @ -torch.xlogy(p, p).sum(1), share @ p
+    of_mean = -torch.xlogy(mean, mean).sum()
+    torch.testing.assert_close(losses["position_entropy"], entropy, rtol=1e-9, atol=0)
+    loss = losses["position"] / 2 * n_crops / weights.sum()  # a mean over masked patches
+    explained = (of_mean - loss) / (of_mean - entropy)
+    torch.testing.assert_close(losses["position_explained"], explained, rtol=1e-9, atol=0)
 
 
 def test_koleo_sees_the_same_dropped_paths_in_both_of_its_passes(folder):

@@ -89,6 +89,10 @@ DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, t
 OURS = {  # METHOD.md
     "positions.interpolation": "bicubic",
     "positions.surround": "all",
+    "positions.init": "normal",
+    "positions.init_grid": 7,
+    "positions.init_scale": 1.0,
+    "positions.learnable": True,
     "color.blur_p": [1.0, 0.1, 0.5],
     "masks.kinds_over": "batch",
     "losses.koleo_scope": "global",

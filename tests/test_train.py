@@ -97,6 +97,7 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
             "broken_images",
         ),
         *("teacher_entropy", "mean_entropy", "feature_std", "effective_rank"),
+        *("position_entropy", "position_explained"),
     }
     tensors = newest_of(folder).tensors()
     teacher = {

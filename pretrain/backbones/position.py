@@ -90,6 +90,34 @@ def sample_field(
     return sampled.flatten(1, 2)
 
 
+def started_field(noise: Tensor, init: str, n_coarse: int, scale: float) -> Tensor:
+    """What a field starts as (ours, METHOD.md 2), given the white noise that :class:`ViT` starts it with.
+
+    Nothing more is drawn, so all other weights of a network are the same whatever the start.
+
+    Args:
+        noise: [1, D, F, F].
+        init: ``normal``: the noise. ``smooth``: its first ``n_coarse`` x ``n_coarse`` samples, spread over the
+            whole field by the bicubic kernel that reads fields, with the noise's standard deviation.
+            ``sincos``: MAE's table, a sample being its unit: waves of 2 pi samples and longer.
+        n_coarse: from 2 to F.
+        scale: amplitude of the waves.
+
+    Returns:
+        [1, D, F, F], in the dtype of ``noise``.
+    """
+    width, side = noise.shape[1], noise.shape[3]
+    if init == "sincos":
+        return scale * sincos_table(side, width).T.unflatten(1, (side, side)).unsqueeze(0).to(noise)
+    if init == "smooth":
+        points = torch.linspace(0, 1, side, device=noise.device, dtype=noise.dtype)  # where samples stand
+        along = axis_weights(points, n_coarse)  # [F, n_coarse]
+        smooth = along @ noise[..., :n_coarse, :n_coarse] @ along.T
+        return smooth * (noise.std() / smooth.std())
+    assert init == "normal", init
+    return noise
+
+
 def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str = "dinov2") -> Tensor:
     """A ViT's learned grid of position embeddings at another size.
 

@@ -4,10 +4,23 @@ The self-distillation losses read a :class:`pretrain.heads.HeadOutput`: bottlene
 """
 
 from pretrain.losses.alignment import alignment_loss
-from pretrain.losses.centering import effective_rank, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.losses.centering import (
+    effective_rank,
+    explained_share,
+    sinkhorn_center,
+    teacher_entropies,
+    updated_center,
+)
 from pretrain.losses.distillation import image_loss, patch_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.losses.pixels import masked_pixel_loss
 
-__all__ = ["alignment_loss", "effective_rank", "image_loss", "koleo_loss", "masked_pixel_loss", "patch_loss"]
-__all__ += ["sinkhorn_center", "teacher_entropies", "updated_center"]
+__all__ = [
+    "alignment_loss",
+    "effective_rank",
+    "explained_share",
+    "image_loss",
+    "koleo_loss",
+    "masked_pixel_loss",
+]
+__all__ += ["patch_loss", "sinkhorn_center", "teacher_entropies", "updated_center"]

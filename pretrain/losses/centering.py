@@ -11,6 +11,8 @@ from pretrain.heads import HeadOutput
 from pretrain.losses.chunked_cross_entropy import distribution
 from pretrain.precision import at_least_float32
 
+ALIKE = 1e-3  # nats: of less the rounding of its two entropies, each of some nats, is seen
+
 
 def updated_center(center: Tensor, teacher: HeadOutput, momentum: float = 0.9) -> Tensor:
     """The next center [1, K]: a running mean of the teacher's logits over all ranks (DINO).
@@ -79,6 +81,47 @@ def teacher_entropies(teacher: HeadOutput, center: Tensor, temperature: float) -
     mean = sum_over_ranks(p.mean(0))
     mean = mean / mean.sum()
     return -torch.xlogy(p, p).sum(1).mean(), -torch.xlogy(mean, mean).sum()
+
+
+def explained_share(
+    teacher: HeadOutput, center: Tensor, temperature: float, weights: Tensor, loss: Tensor, n_rows: int
+) -> tuple[Tensor, Tensor]:
+    """What is left to predict in the teacher's distributions p_n, and how much of it the student q_n predicts (ours).
+
+    A student that ignores its input does best with the mean p of all p_n, which costs the entropy of p. So a
+    falling loss says nothing before it is below that, and the share is that of what lies between:
+
+        1 - mean KL(p_n || q_n) / mean KL(p_n || p)  =  (H(p) - mean H(p_n, q_n)) / (H(p) - mean H(p_n))
+
+    All means are weighted, and go over all ranks.
+
+    Args:
+        teacher: bottleneck [M, d]; ranks may hold different M.
+        center: [1, K].
+        temperature: of the teacher.
+        weights: [M].
+        loss: sum of weights_n H(p_n, q_n) of this rank, a scalar.
+        n_rows: rows whose K logits exist at a time; 0: all.
+
+    Returns:
+        mean H(p_n), in nats, and the share: 1 for a perfect student, 0 for the mean prediction, below 0 for
+        worse; 0 where all p_n are alike (less than ``ALIKE`` to predict).
+    """
+    rows, prototypes = at_least_float32(teacher.bottleneck), at_least_float32(teacher.prototypes)
+    weights = weights.to(rows)
+    mean, entropy = rows.new_zeros(len(prototypes)), rows.new_zeros(())
+    n_rows = n_rows or max(len(rows), 1)
+    with torch.autocast(rows.device.type, enabled=False):
+        for chunk, weight in zip(rows.split(n_rows), weights.split(n_rows)):
+            p = distribution(HeadOutput(chunk, prototypes), center, temperature)  # [m, K]
+            mean += weight @ p
+            entropy += weight @ torch.special.entr(p).sum(1)
+        sums = sum_over_ranks(torch.cat([mean, torch.stack([entropy, loss.to(rows), weights.sum()])]))
+    sums = sums / sums[-1].clamp(min=torch.finfo(sums.dtype).tiny)
+    entropy, cross_entropy = sums[-3], sums[-2]
+    of_mean = torch.special.entr(sums[:-3]).sum()
+    left = of_mean - entropy
+    return entropy, torch.where(left > ALIKE, (of_mean - cross_entropy) / left.clamp(min=ALIKE), 0)
 
 
 def effective_rank(rows: Tensor) -> Tensor:

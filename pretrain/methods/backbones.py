@@ -1,7 +1,9 @@
 """The backbones that methods train: new ones, and whatever a file says that it holds."""
 
+import warnings
 from typing import Any
 
+from pretrain.backbones.position import started_field
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -18,7 +20,8 @@ def new_backbone(
     mask_tokens: bool = False,
 ) -> ViT:
     """The network that a config asks for, from scratch or from ``backbone.weights``, whose file then decides about
-    LayerScale. With crop-tied positions its field is taken as it is, and a learned grid becomes one (:func:`_read`).
+    LayerScale. With crop-tied positions its field is taken as it is, and a learned grid becomes one (:func:`_read`);
+    a new field starts as ``positions.init`` says.
 
     Args:
         positions: none: a learned grid of the size of a global crop.
@@ -29,10 +32,16 @@ def new_backbone(
         positions = PositionSettings(encoding="standard", grid=side, interpolation="dinov2", augment=False)
     how = dict[str, Any](drop_path=drop_path, mask_tokens=mask_tokens, pos_encoding=positions.encoding)
     grid = {"pos_grid": positions.grid, "pos_interpolation": positions.interpolation}
-    if not settings.backbone.weights:
-        return _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
-    own = {} if positions.encoding == "field" else grid  # a field of the file's stays as it is
-    return _built(settings, _read(settings, positions), **how, **own)
+    is_field = positions.encoding == "field"
+    if settings.backbone.weights:
+        own = {} if is_field else grid  # a field of the file's stays as it is
+        vit = _built(settings, _read(settings, positions), **how, **own)
+    else:
+        vit = _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
+        if is_field:
+            start = positions.init, positions.init_grid, positions.init_scale
+            vit.pos_field.data = started_field(vit.pos_field.data, *start)
+    return _with_learning(vit, positions)
 
 
 def started_backbone(settings: TrainSettings, drop_path: float, positions: PositionSettings) -> ViT:
@@ -46,14 +55,24 @@ def started_backbone(settings: TrainSettings, drop_path: float, positions: Posit
         UserError: no readable weights, or some that the config contradicts: another width than the name's,
             registers or blocks that the file does not have, a field of positions where it has none.
     """
-    return _built(settings, _read(settings, positions), drop_path=drop_path)
+    return _with_learning(_built(settings, _read(settings, positions), drop_path=drop_path), positions)
+
+
+def _with_learning(vit: ViT, positions: PositionSettings) -> ViT:
+    """The network, whose crop-tied field learns or does not; one that does not has no gradient and no decay."""
+    if positions.encoding == "field":
+        vit.pos_field.requires_grad_(positions.learnable)
+    return vit
 
 
 def _read(settings: TrainSettings, positions: PositionSettings) -> Checkpoint:
     """``backbone.weights``. ``positions.encoding=field`` makes a field of a learned grid (:mod:`pretrain.weights.adapt`),
-    of ``positions.grid`` samples a side and read as ``positions.interpolation`` says."""
+    of ``positions.grid`` samples a side and read as ``positions.interpolation`` says. A file's positions stay."""
     checkpoint = read_checkpoint(settings.backbone.weights)
     if positions.encoding == "field":
+        if positions.init != "normal":
+            told = "has no effect with backbone.weights, whose positions stay"
+            warnings.warn(f"config: positions.init={positions.init} {told}", stacklevel=2)
         return with_position_field(checkpoint, positions.grid, positions.interpolation)
     return checkpoint
 

@@ -12,7 +12,7 @@ it, and KoLeo looks for neighbors among the [CLS] tokens of all of them.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from pretrain.errors import UserError
 from pretrain.heads import HeadOutput, HeadSettings, ProjectionHead
 from pretrain.losses import (
     effective_rank,
+    explained_share,
     image_loss,
     koleo_loss,
     patch_loss,
@@ -96,6 +97,8 @@ class Prepared:
     centers: Centers
     # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
     neighbors: list[Tensor] | None
+    # L_pos of each micro-batch, without its weight in the loss, as soon as :meth:`Intertwined.loss` has it
+    position_losses: list[Tensor] = field(default_factory=list)
 
 
 class Intertwined(EMATeacher):
@@ -227,6 +230,8 @@ class Intertwined(EMATeacher):
             output = student[kind](masked_patches(tokens[0], batch, kind))
             value = patch_loss(output, targets[kind], centers[kind], weights, n_crops, *how)
             terms[kind] = getattr(losses, kind) * value
+            if kind == "position":
+                prepared.position_losses.append(value.detach())
         total = torch.stack(list(terms.values())).sum()
         if losses.koleo > 0:
             everyone = global_cls if prepared.neighbors is None else among(prepared.neighbors, i, global_cls)
@@ -243,18 +248,37 @@ class Intertwined(EMATeacher):
 
     @torch.no_grad()
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Prepared) -> dict[str, Tensor]:
-        """Entropies of the teacher's [CLS] distributions, the spread of its bottleneck and its effective rank.
+        """Entropies of the teacher's [CLS] distributions, the spread of its bottleneck and its effective rank; and what
+        L_pos is to be seen beside.
 
         ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all;
         ``feature_std`` near 0: all images are one point (1 / sqrt(d) is that of directions at random);
-        ``effective_rank`` near 1: they lie on a line.
+        ``effective_rank`` near 1: they lie on a line. ``position_entropy``: of the teacher's distributions at the
+        patches whose position is masked, the least that L_pos can be there; ``position_explained`` at most 0: the
+        student predicts these no better than their mean does (:func:`pretrain.losses.explained_share`).
         """
         image = prepared.targets[0]["image"]
         rows = image.bottleneck.flatten(0, -2)[:256]
         teacher = HeadOutput(rows, image.prototypes)
         entropy, mean_entropy = teacher_entropies(teacher, prepared.centers["image"], self.temperatures[1])
         spread = {"feature_std": rows.std(0).mean(), "effective_rank": effective_rank(rows)}
-        return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, **spread}
+        signs = {"teacher_entropy": entropy, "mean_entropy": mean_entropy, **spread}
+        if "position" in self.kinds:
+            signs |= self.position_signs(micro_batches, prepared)
+        return signs
+
+    def position_signs(self, micro_batches: Sequence[Batch], prepared: Prepared) -> dict[str, Tensor]:
+        """What :meth:`diagnostics` says of L_pos."""
+        targets = [target["position"] for target in prepared.targets]
+        teacher = HeadOutput(torch.cat([target.bottleneck for target in targets]), targets[0].prototypes)
+        center, weights = prepared.centers["position"], list[Tensor]()
+        for batch in micro_batches:
+            assert batch.masks is not None
+            weights.append(batch.masks.position_weight.to(center) / len(batch.global_crops))
+        loss = torch.stack(prepared.position_losses).sum()
+        how = self.temperatures[1], torch.cat(weights), loss, self.n_rows
+        entropy, explained = explained_share(teacher, center, *how)
+        return {"position_entropy": entropy, "position_explained": explained}
 
     def collapse(self, signs: Mapping[str, float]) -> str:
         """By :meth:`diagnostics`, against what is reached by chance; the limits are ours. Of a step with numbers that are

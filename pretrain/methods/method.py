@@ -166,7 +166,8 @@ class Method(nn.Module, ABC):
         return self.backbone
 
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Any) -> dict[str, Tensor]:
-        """Signs of collapse and the like for the logs, without gradient."""
+        """Signs of collapse and the like for the logs, without gradient. Asked for after the losses of all
+        micro-batches, before the optimizer's step."""
         return {}
 
     def collapse(self, signs: Mapping[str, float]) -> str:

@@ -93,6 +93,13 @@ class PositionSettings(Settings):
         "sec. 3.2.2",
     )
     surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds")
+    init: Literal["normal", "smooth", "sincos"] = setting(
+        "normal",
+        "start of a new field: normal (white noise) | smooth (coarse noise, interpolated) | sincos (waves)",
+    )
+    init_grid: int = setting(7, "side of the coarse noise of init=smooth", ge=2, le=4096)
+    init_scale: float = setting(1.0, "amplitude of the waves of init=sincos; MAE's table has 1", gt=0, le=1e3)
+    learnable: bool = setting(True, "whether the field learns")
 
     @property
     def is_augmented(self) -> bool:
@@ -103,8 +110,12 @@ class PositionSettings(Settings):
     def _check(self) -> Self:
         if self.s_min > self.s_max:
             raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
-        if self.augment and not self.is_augmented:
-            told = "positions.augment has no effect with positions.encoding=standard"
+        if self.init == "smooth" and self.init_grid > self.grid:
+            more = f"positions.init_grid={self.init_grid} is more than positions.grid={self.grid}"
+            raise ValueError(f"{more}: coarse noise has fewer samples; lower it")
+        idle = {"augment": self.augment, "init": self.init != "normal", "learnable": not self.learnable}
+        for key in (key for key, is_set in idle.items() if is_set and self.encoding != "field"):
+            told = f"positions.{key} has no effect with positions.encoding={self.encoding}"
             warnings.warn(f"config: {told}", stacklevel=2)
         return self
 
