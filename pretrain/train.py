@@ -35,7 +35,9 @@ from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
 
 # settings that earlier runs did not have
-ADDED = ("positions.init", "positions.init_grid", "positions.init_scale", "positions.learnable")
+ADDED = tuple(
+    f"positions.{key}" for key in ("init", "init_grid", "init_scale", "learnable", "tied", "rescale")
+)
 COLLAPSED_LINES = 5  # of the log; features of a few first iterations after the warm-up may be alike
 
 

@@ -22,7 +22,7 @@ from pretrain.settings import Settings, as_dict, build, fields, read_words, type
 from pretrain.train import train
 
 START = "backbone.weights=start.pth"
-SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO$|eq\. |PaKA|NeCo|MAE|ours")
+SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINOv3$|DINO$|eq\. |PaKA|NeCo|MAE|ours")
 
 
 # --- every key --------------------------------------------------------------------------------------------
@@ -44,6 +44,7 @@ RUNS = {
     "intertwined": [
         ["color.solarize_p=[1,1,1]", "crops.local_rule=inside", *TINY],
         [*TINY, "losses.centering=sinkhorn_knopp"],
+        [*TINY, "positions.encoding=rotary", "positions.tied=false", "positions.augment=false"],
     ],
     "paka": [DENSE, [*DENSE, *TIED, "color.solarize_p=[1,1,1]"]],
     "mae": [[*NO_HEADS, *MAE_TINY, "crops.n_local=0"]],
@@ -58,7 +59,8 @@ OF_PROBES = {
 UNREAD = {
     "intertwined": set(),
     # the file says which LayerScale it has, and its field is no new one
-    "paka": {"backbone.layer_scale_init", "positions.init_grid", "positions.init_scale"},
+    "paka": {"backbone.layer_scale_init"}
+    | {f"positions.{key}" for key in ("init_grid", "init_scale", "rescale", "tied")},
     "mae": {"crops.local_inside"},  # no local crops
 }
 

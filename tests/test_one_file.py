@@ -18,12 +18,12 @@ needs_detectron2 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["field", "standard"])
+@pytest.fixture(params=["field", "standard", "rotary"])
 def file(request, tmp_path):
     """A backbone with everything that a consumer could lose: registers, LayerScale, final norm, positions."""
-    model = build_backbone(
-        NAME, depth=2, n_registers=3, layerscale=0.5, pos_encoding=request.param, mask_tokens=True
-    )
+    own = dict(swiglu=True, qkv_bias="no_key", ln_eps=1e-5) if request.param == "rotary" else {}
+    how = dict(depth=2, n_registers=3, layerscale=0.5, pos_encoding=request.param, mask_tokens=True)
+    model = build_backbone(NAME, **how, **own)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -89,6 +89,7 @@ DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, t
 OURS = {  # METHOD.md
     "positions.interpolation": "bicubic",
     "positions.surround": "all",
+    "positions.tied": True,
     "positions.init": "normal",
     "positions.init_grid": 7,
     "positions.init_scale": 1.0,
@@ -101,6 +102,7 @@ OURS = {  # METHOD.md
     "alignment.region_samples": 2,
     "alignment.min_overlap_patches": 2.0,
 }
+DINOV3 = {"positions.rescale": 2.0}
 PAKA = {  # what is published of it; plain globals are off in a pre-training
     "crops.plain_globals": False,
     "crops.local_inside": 0.9,
@@ -150,7 +152,7 @@ def iterations(config, n_images):
 
 
 def test_every_default_is_the_papers_dinov2s_or_ours():
-    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | PAKA | NECO | MAE | UNSET
+    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | DINOV3 | OURS | PAKA | NECO | MAE | UNSET
     found = set()
     for name in SHIPPED:
         defaults = flat(build(find_method(name).Settings, [read_words(START)]))
@@ -171,6 +173,7 @@ def test_the_named_source_is_the_right_one():
         (DINOV2, "DINOv2"),
         (PAKA, "PaKA"),
         (OURS, "ours"),
+        (DINOV3, "DINOv3"),
         (NECO, "NeCo"),
         (MAE, "MAE"),
     )
@@ -261,6 +264,7 @@ RECIPES = {
     ),
     "intertwined-100ep": ("intertwined", {}),
     "dinov2-100ep": ("intertwined", DINOV2_BASELINE),
+    "rotary-100ep": ("intertwined", {"positions.encoding": "rotary"}),
     "paka-25ep": ("paka", PAKA_25),
     "paka-tied-25ep": ("paka", {key: value for key, value in PAKA_25.items() if key not in TIED}),
     "gram-25ep": ("paka", PAKA_25 | GRAM),

@@ -1,12 +1,15 @@
 """Rotary positions and the other parts of DINOv3's network, against transformers' and timm's on the same weights, and in
 every form in which a network runs: packed, checkpointed, compiled, windowed, tied to crops."""
 
+import argparse
 import math
 
 import pytest
 import timm
 import torch
 from backbone_fixture import randomize
+from photos import TINY, last, write_photos
+from safetensors.torch import load_file
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from det_plugin.features import FeatureOptions, detection_features
@@ -17,9 +20,17 @@ from pretrain.backbones.position import sample_field
 from pretrain.backbones.rotary import Rotation, behind_special, frequencies, rotate, rotation
 from pretrain.backbones.vit import SIZES, ViewGroup, ViT
 from pretrain.build import build_backbone
+from pretrain.cli.train_ssl import settings_of
+from pretrain.config import load_config
+from pretrain.data.loader import build_dataset, build_loader
+from pretrain.errors import UserError
+from pretrain.methods.intertwined import Intertwined
+from pretrain.train import run_protocol, train
+from pretrain.weights import save_backbone
 
 DINOV3 = dict(pos_encoding="rotary", n_registers=4, layerscale=1e-2, ln_eps=1e-5, qkv_bias="no_key")
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, patch_size=16)
+NAME = "vit_tiny_patch16"
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 
 
@@ -222,28 +233,22 @@ def test_a_patch_without_a_position_has_no_box():
     assert torch.equal(embedded[:, 5 + 4 :], plain[:, 5 + 4 :])
 
 
-def test_untied_crops_span_the_image_and_training_rescales_them():
-    vit, (x, boxes, flips) = small(tied=False, rescale=2.0), crops()
-    with torch.no_grad():
-        assert torch.equal(vit(x, boxes, flips).patches, vit(x).patches)
-    assert vit.draw_rescale() == 1.0
+def test_training_rescales_places_once_a_pass():
+    vit, (x, _, _) = small(rescale=2.0), crops()
+    assert vit.draw_rescale() == 1.0 and small().train().draw_rescale() == 1.0
     vit.train()
     drawn = torch.stack([vit.draw_rescale() for _ in range(2000)]).log() / math.log(2)
     assert drawn.min() > -1 and drawn.max() < 1 and abs(drawn.mean()) < 0.05
     assert drawn.std() == pytest.approx(3**-0.5, abs=0.03)
     torch.manual_seed(3)
     factor = vit.draw_rescale()
-    expected = vit.geometry((4, 4), rescale=factor)
-    torch.testing.assert_close(
-        expected.cos, behind_special(rotation(0.5 + (WHOLE - 0.5) * factor, (4, 4), 16), 5).cos
-    )
+    larger = rotation(0.5 + (WHOLE - 0.5) * factor, (4, 4), 16)
+    torch.testing.assert_close(vit.geometry((4, 4), rescale=factor).cos, behind_special(larger, 5).cos)
+    groups = [ViewGroup(x), ViewGroup(x[..., :32, :32])]
     torch.manual_seed(3)
-    groups = [ViewGroup(x, boxes, flips), ViewGroup(x[..., :32, :32], boxes, flips)]
-    whole = vit.forward_views(groups)
-    for group, tokens in zip(groups, whole):  # one draw a pass
+    for group, tokens in zip(groups, vit.forward_views(groups)):
         torch.manual_seed(3)
-        torch.testing.assert_close(vit(*group[:3]).patches, tokens.patches, rtol=0, atol=1e-5)
-    assert small(rescale=2.0).train().draw_rescale() == 1.0  # tied positions have t_s
+        torch.testing.assert_close(vit(group.x).patches, tokens.patches, rtol=0, atol=1e-5)
 
 
 # --- forms
@@ -414,3 +419,97 @@ def test_a_network_without_a_position_has_the_same_sequence():
     angles = Rotation(torch.ones(1, 4, 2), torch.zeros(1, 4, 2))
     x = torch.randn(3, 4, 2, 4)
     assert torch.equal(rotate(x, angles), x)
+
+
+# --- pre-training
+
+
+def config(tmp_path, *words, folder="run"):
+    base = [*TRAINED, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / folder}"]
+    return load_config("rotary-100ep", last([*TINY, *base, *words]))
+
+
+TRAINED = ["backbone.layer_scale_init=0", "backbone.drop_path=0"]
+UNTIED = ["positions.tied=false", "positions.augment=false"]
+
+
+def test_a_method_without_a_table_of_positions(tmp_path):
+    method = Intertwined(config(tmp_path))
+    for network in (method.student, method.teacher):
+        vit = network["backbone"]
+        assert vit.pos_encoding == "rotary" and vit.rescale == 1.0
+        assert not any(name.startswith("pos_") and name != "pos_mask_token" for name in vit.state_dict())
+    assert method.backbone.pos_mask_token.requires_grad
+    untied = Intertwined(config(tmp_path, *UNTIED, "positions.rescale=3"))
+    assert (untied.student["backbone"].rescale, untied.teacher["backbone"].rescale) == (3.0, 1.0)
+
+
+def test_views_of_untied_crops_span_the_image(tmp_path):
+    write_photos(tmp_path / "photos")
+    for words, tied in (([], True), (UNTIED, False)):
+        settings = config(tmp_path, *words)
+        assert settings.view_settings().tied == tied and settings.positions.is_augmented == tied
+        ((batch,), *_) = [[b for b, _ in build_loader(settings, build_dataset(settings), 0, 1)]]
+        boxes, flips = batch.views.globals
+        assert torch.equal(boxes, WHOLE.expand(len(boxes), -1)) != tied
+        assert tied or not flips.any()
+    with pytest.warns(
+        UserWarning, match="positions.augment has no effect with positions.encoding=rotary, tied=false"
+    ):
+        config(tmp_path, "positions.tied=false")
+    with pytest.warns(UserWarning, match="positions.tied has no effect with positions.encoding=field"):
+        config(tmp_path, "positions.encoding=field", "positions.tied=false")
+
+
+@pytest.mark.parametrize("words", [[], UNTIED], ids=["tied", "untied"])
+def test_a_run_resumes_to_the_bit_and_its_file_has_one_meaning(tmp_path, words):
+    write_photos(tmp_path / "photos")
+    words = [*words, "backbone.drop_path=0.3"]
+    train(config(tmp_path, *words, folder="whole"))
+    train(config(tmp_path, *words, folder="parts"), stop_after=3)
+    train(config(tmp_path, *words, folder="parts"), resume="auto")
+    whole, parts = (load_file(tmp_path / name / "backbone.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    vit = build_backbone(tmp_path / "whole" / "backbone.safetensors").eval()
+    assert vit.pos_encoding == "rotary"
+    method = Intertwined(config(tmp_path, *words))
+    teacher = method.teacher["backbone"].eval()
+    teacher.load_state_dict({**teacher.state_dict(), **whole})
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(vit(x).patches, teacher(x).patches)
+
+
+def test_weights_and_positions_that_do_not_fit_are_told(tmp_path):
+    vit = ViT(**{**SMALL, "embed_dim": 192, "mask_tokens": True})
+    grid = save_backbone(
+        tmp_path / "grid.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
+    vit = ViT(**{**SMALL, **DINOV3, "embed_dim": 192, "mask_tokens": True})
+    rotary = save_backbone(
+        tmp_path / "rotary.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
+    own = ["backbone.depth=0", "backbone.layer_scale_init=1e-5"]
+    with pytest.raises(UserError, match="has no rotary positions; take positions.encoding=field"):
+        Intertwined(config(tmp_path, *own, f"backbone.weights={grid}"))
+    with pytest.raises(UserError, match="has rotary positions; set positions.encoding=rotary"):
+        Intertwined(config(tmp_path, *own, f"backbone.weights={rotary}", "positions.encoding=field"))
+    started = Intertwined(config(tmp_path, *own, f"backbone.weights={rotary}"))
+    assert started.backbone.model_kwargs["qkv_bias"] == "no_key" and started.backbone.n_registers == 4
+    assert torch.equal(
+        started.backbone.state_dict()["blocks.1.attn.qkv.weight"], vit.blocks[1].attn.qkv.weight
+    )
+
+
+def test_from_a_rotary_file_is_one_command(tmp_path):
+    """posfield pretrain --from FILE --data photos: the recipe of own images takes its positions."""
+    write_photos(tmp_path / "photos")
+    vit = ViT(**{**SMALL, **DINOV3, "embed_dim": 192, "mask_tokens": True})
+    file = save_backbone(
+        tmp_path / "rotary.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
+    options = argparse.Namespace(start=str(file), data=str(tmp_path / "photos"), output=str(tmp_path / "run"))
+    options.config, options.resume, options.overrides = None, "", []
+    settings = settings_of(options)
+    assert settings.positions.encoding == "rotary" and settings.positions.tied
+    assert "positions.encoding" not in run_protocol(settings, 6).deviations

@@ -241,7 +241,7 @@ def training_images(
         seen = last_layer(teacher, big[:2].flatten(0, 1), boxes, flips)
     teacher.train(was_training)
     grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
-    is_tied = teacher.pos_encoding == "field" and views.tied
+    is_tied = teacher.pos_encoding in ("field", "rotary") and views.tied
     places = [row * grid[1] + column for row, column in (patch_at(query, grid) for query in QUERIES)]
     maps = seen.patches[:n, places].float().cpu().unflatten(2, grid)
     cls = seen.cls[:n].float().cpu().unflatten(1, grid)

@@ -129,9 +129,8 @@ class ViT(nn.Module):
         swiglu: the MLP is gated (:class:`pretrain.backbones.block.SwiGlu`), ``mlp_ratio`` its hidden width to ``embed_dim``.
         cls_norm: [CLS] and registers have a final norm of their own.
         local_cls_norm: those of local crops have one while training (DINOv3's 7B and ViT-L of satellite images).
-        tied: rotary positions are those of crops (ours), else each view spans the image (DINOv3). Of a training, not of
-            a network, as are ``drop_path``, ``attention`` and the next.
-        rescale: R: training multiplies untied rotary places by a factor, log-uniform in [1 / R, R], one a pass (DINOv3: 2).
+        rescale: R: training multiplies rotary places by a factor, log-uniform in [1 / R, R], one a pass (DINOv3: 2). Of a
+            training, not of a network, as are ``drop_path`` and ``attention``.
 
     Raises:
         ValueError: an option that does not exist, by name.
@@ -162,7 +161,6 @@ class ViT(nn.Module):
         swiglu: bool = False,
         cls_norm: bool = False,
         local_cls_norm: bool = False,
-        tied: bool = True,
         rescale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -183,7 +181,7 @@ class ViT(nn.Module):
         added = dict(qkv_bias=qkv_bias, swiglu=swiglu, cls_norm=cls_norm, local_cls_norm=local_cls_norm)
         self.model_kwargs |= {key: value for key, value in added.items() if value not in (False, "all")}
         check_options(**{**self.model_kwargs, **added})
-        self.drop_path, self.tied, self.rescale = drop_path, tied, rescale
+        self.drop_path, self.rescale = drop_path, rescale
         self.checkpointing = "none"  # of packed passes, see :func:`pretrain.backbones.block.run_block`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
@@ -295,8 +293,8 @@ class ViT(nn.Module):
             return relative_buckets(grid, self.n_prefix, device)
         if self.pos_encoding != "rotary":
             return None
-        if boxes is None or not self.tied:  # the whole image
-            boxes, flips = at_least_float32(self.patch_embed.proj.weight).new_tensor([[0, 0, 1, 1]]), None
+        if boxes is None:  # the whole image
+            boxes = at_least_float32(self.patch_embed.proj.weight).new_tensor([[0, 0, 1, 1]])
         boxes = boxes.to(device, torch.promote_types(self.patch_embed.proj.weight.dtype, torch.float32))
         flips = None if flips is None else flips.to(device)
         head_dim = self.embed_dim // self.model_kwargs["num_heads"]
@@ -305,7 +303,7 @@ class ViT(nn.Module):
 
     def draw_rescale(self) -> Tensor | float:
         """The factor of a pass on rotary places."""
-        if not self.training or self.tied or self.rescale == 1 or self.pos_encoding != "rotary":
+        if not self.training or self.rescale == 1 or self.pos_encoding != "rotary":
             return 1.0
         drawn = 2 * torch.rand((), device=self.patch_embed.proj.weight.device) - 1
         return (drawn * math.log(self.rescale)).exp()

@@ -42,7 +42,7 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     samples = [dataset.sample(i, image) for i, image in enumerate(images)]
     crops = [[*normalize(s.global_crops), *normalize(s.local_crops)] for s in samples]
     rules = dataset.rules
-    has_field = rules.positions is not None and rules.positions.encoding == "field"
+    has_field = rules.positions is not None and rules.positions.follows_crops
     in_field = ", the position boxes after shift and scale in the field P"
     places = in_field if has_field else "; every view has the same positions"
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]

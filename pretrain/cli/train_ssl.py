@@ -48,6 +48,8 @@ def settings_of(options: argparse.Namespace) -> Any:
     own: dict[str, Any] = {}
     if checkpoint is not None:
         own = {"backbone.name": backbone_name(None, checkpoint)}
+        if recipe and not options.config and checkpoint.model_kwargs.get("pos_encoding") == "rotary":
+            own["positions.encoding"] = "rotary"
     if recipe and not options.config:
         own |= plan.own_epochs(len(open_source(config.data)), options.start)
     said = {word.partition("=")[0] for word in words}

@@ -31,8 +31,8 @@ def new_backbone(
         side, _ = settings.view_settings().grid
         positions = PositionSettings(encoding="standard", grid=side, interpolation="dinov2", augment=False)
     how = dict[str, Any](drop_path=drop_path, mask_tokens=mask_tokens, pos_encoding=positions.encoding)
-    grid = {"pos_grid": positions.grid, "pos_interpolation": positions.interpolation}
-    is_field = positions.encoding == "field"
+    is_field, is_rotary = positions.encoding == "field", positions.encoding == "rotary"
+    grid = {"pos_grid": positions.grid, "pos_interpolation": positions.interpolation} if not is_rotary else {}
     if settings.backbone.weights:
         own = {} if is_field else grid  # a field of the file's stays as it is
         vit = _built(settings, _read(settings, positions), **how, **own)
@@ -41,27 +41,30 @@ def new_backbone(
         if is_field:
             start = positions.init, positions.init_grid, positions.init_scale
             vit.pos_field.data = started_field(vit.pos_field.data, *start)
-    return _with_learning(vit, positions)
+    return _prepared(vit, positions)
 
 
 def started_backbone(settings: TrainSettings, drop_path: float, positions: PositionSettings) -> ViT:
     """The network of ``backbone.weights``, without mask tokens, its patches of ``backbone.patch_size``.
 
     Its file decides all else: registers, LayerScale, activation, positions, unless ``positions.encoding=field`` makes
-    crop-tied ones of a learned grid. With ``standard`` they stay what they are, a grid, a field that is read whole, or
-    none.
+    crop-tied ones of a learned grid. With ``standard`` they stay what they are: a grid, a field or rotary ones that are
+    read whole, or none.
 
     Raises:
         UserError: no readable weights, or some that the config contradicts: another width than the name's,
             registers or blocks that the file does not have, a field of positions where it has none.
     """
-    return _with_learning(_built(settings, _read(settings, positions), drop_path=drop_path), positions)
+    return _prepared(_built(settings, _read(settings, positions), drop_path=drop_path), positions)
 
 
-def _with_learning(vit: ViT, positions: PositionSettings) -> ViT:
-    """The network, whose crop-tied field learns or does not; one that does not has no gradient and no decay."""
+def _prepared(vit: ViT, positions: PositionSettings) -> ViT:
+    """The network, whose crop-tied field learns or does not (one that does not has no gradient and no decay), and whose
+    untied rotary positions are rescaled in training."""
     if positions.encoding == "field":
         vit.pos_field.requires_grad_(positions.learnable)
+    if positions.encoding == "rotary" and not positions.tied:
+        vit.rescale = positions.rescale
     return vit
 
 
@@ -74,6 +77,10 @@ def _read(settings: TrainSettings, positions: PositionSettings) -> Checkpoint:
             told = "has no effect with backbone.weights, whose positions stay"
             warnings.warn(f"config: positions.init={positions.init} {told}", stacklevel=2)
         return with_position_field(checkpoint, positions.grid, positions.interpolation)
+    own = checkpoint.model_kwargs.get("pos_encoding", "standard")
+    if positions.encoding == "rotary" and own != "rotary":
+        told = "has no rotary positions; take positions.encoding=field (crop-tied) or standard, or weights of DINOv3"
+        raise UserError(f"backbone.weights: {settings.backbone.weights} {told}")
     return checkpoint
 
 

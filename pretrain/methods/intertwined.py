@@ -123,7 +123,10 @@ class Intertwined(EMATeacher):
 
         def view_settings(self) -> ViewSettings:
             """Crops with their colors, positions and masks."""
-            return ViewSettings(self.crops, self.color, self.positions, self.masks, self.backbone.patch_size)
+            # a learned grid ignores crops by itself
+            tied = self.positions.follows_crops or self.positions.encoding == "standard"
+            patch_size = self.backbone.patch_size
+            return ViewSettings(self.crops, self.color, self.positions, self.masks, patch_size, tied)
 
         @model_validator(mode="after")
         def _check(self) -> Self:
@@ -212,7 +215,7 @@ class Intertwined(EMATeacher):
         masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.kinds}
         groups = [ViewGroup(batch.global_crops, boxes, flips, **masks)]
         if with_locals and len(batch.local_crops):
-            groups.append(ViewGroup(batch.local_crops, *batch.views.locals))
+            groups.append(ViewGroup(batch.local_crops, *batch.views.locals, is_local=True))
         return self.backbone.forward_views(groups)
 
     def loss(self, micro_batch: Batch, prepared: Prepared, i: int) -> LossTerms:

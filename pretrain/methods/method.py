@@ -203,6 +203,9 @@ class EMATeacher(Method):
         self.student = self.network(self.settings.backbone.drop_path)
         self.teacher = self.network(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
+        backbone = self.teacher["backbone"]
+        assert isinstance(backbone, ViT)
+        backbone.rescale = 1.0  # its places are as in inference (DINOv3)
         self.teacher.requires_grad_(False)
 
     @abstractmethod

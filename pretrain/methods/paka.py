@@ -95,7 +95,7 @@ class PaKA(EMATeacher):
 
         def view_settings(self) -> ViewSettings:
             """Crops without masks. A file may hold a field, and be trained as it is used: read whole."""
-            tied = self.positions.encoding == "field"
+            tied = self.positions.follows_crops
             return ViewSettings(self.crops, self.color, self.positions, None, self.backbone.patch_size, tied)
 
         @model_validator(mode="after")

@@ -74,15 +74,19 @@ class CropSettings(Settings):
 class PositionSettings(Settings):
     """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
 
-    encoding: Literal["field", "standard"] = setting(
-        "field", "field | standard (one learned grid for every view, as the DINOv2 baseline)", "sec. 3.2.1"
+    encoding: Literal["field", "standard", "rotary"] = setting(
+        "field",
+        "field | standard (one learned grid for every view, as the DINOv2 baseline) | rotary (DINOv3)",
+        "sec. 3.2.1",
     )
     grid: int = setting(50, "side of the field, or of the learned grid", "Table 6", ge=2, le=4096)
     interpolation: Literal["bicubic", "bilinear", "dinov2", "bicubic_antialias"] = setting(
         "bicubic",
         "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias",
     )
-    augment: bool = setting(True, "position and scale augmentation t_s; of a field alone", "sec. 3.2.2")
+    augment: bool = setting(
+        True, "position and scale augmentation t_s, of positions that follow crops", "sec. 3.2.2"
+    )
     scale: Literal["beta", "uniform", "constant"] = setting("beta", "distribution of the area s", "Table 6")
     beta: tuple[Positive, Positive] = setting((2.0, 5.0), "parameters of the beta distribution", "Table 6")
     s_min: float = setting(0.2, "smallest s", "Table 6", ge=1e-6, le=1)
@@ -93,6 +97,16 @@ class PositionSettings(Settings):
         "sec. 3.2.2",
     )
     surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds")
+    tied: bool = setting(
+        True, "rotary positions are those of the crop; else each crop spans the image (DINOv3)"
+    )
+    rescale: float = setting(
+        2.0,
+        "training multiplies untied rotary positions by a factor from 1 / this to this",
+        "DINOv3",
+        ge=1,
+        le=1e3,
+    )
     init: Literal["normal", "smooth", "sincos"] = setting(
         "normal",
         "start of a new field: normal (white noise) | smooth (coarse noise, interpolated) | sincos (waves)",
@@ -102,9 +116,14 @@ class PositionSettings(Settings):
     learnable: bool = setting(True, "whether the field learns")
 
     @property
+    def follows_crops(self) -> bool:
+        """Whether a view's positions are those of its crop; a learned grid ignores crops."""
+        return self.encoding == "field" or (self.encoding == "rotary" and self.tied)
+
+    @property
     def is_augmented(self) -> bool:
-        """Whether position boxes are moved; a learned grid ignores crops."""
-        return self.augment and self.encoding == "field"
+        """Whether position boxes are moved."""
+        return self.augment and self.follows_crops
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,9 +132,15 @@ class PositionSettings(Settings):
         if self.init == "smooth" and self.init_grid > self.grid:
             more = f"positions.init_grid={self.init_grid} is more than positions.grid={self.grid}"
             raise ValueError(f"{more}: coarse noise has fewer samples; lower it")
-        idle = {"augment": self.augment, "init": self.init != "normal", "learnable": not self.learnable}
-        for key in (key for key, is_set in idle.items() if is_set and self.encoding != "field"):
-            told = f"positions.{key} has no effect with positions.encoding={self.encoding}"
+        of_field = {"init": self.init != "normal", "learnable": not self.learnable}
+        idle = {
+            "augment": self.augment and not self.follows_crops,
+            "tied": not self.tied and self.encoding != "rotary",
+        }
+        idle |= {key: is_set and self.encoding != "field" for key, is_set in of_field.items()}
+        for key in (key for key, is_idle in idle.items() if is_idle):
+            untied = ", tied=false" if key == "augment" and self.encoding == "rotary" else ""
+            told = f"positions.{key} has no effect with positions.encoding={self.encoding}{untied}"
             warnings.warn(f"config: {told}", stacklevel=2)
         return self
 

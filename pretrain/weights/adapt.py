@@ -157,6 +157,10 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
         return checkpoint
     none = "has no absolute positions of which positions.encoding=field could make a field"
     ensure(encoding != "none", f"weights: {path} {none}")
+    ensure(
+        encoding != "rotary",
+        f"weights: {path} has rotary positions; set positions.encoding=rotary, which ties them to crops",
+    )
     known = f"is none of {FIELD_INTERPOLATIONS} for a position field"
     ensure(
         interpolation in FIELD_INTERPOLATIONS, f"config: positions.interpolation={interpolation!r} {known}"
