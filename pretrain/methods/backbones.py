@@ -40,7 +40,9 @@ def new_backbone(
         vit = _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
         if is_field:
             start = positions.init, positions.init_grid, positions.init_scale
-            vit.pos_field.data = started_field(vit.pos_field.data, *start)
+            vit.pos_field.data.copy_(
+                started_field(vit.pos_field.data, *start)
+            )  # FSDP2 takes contiguous ones alone
     return _with_learning(vit, positions)
 
 
