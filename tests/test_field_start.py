@@ -100,6 +100,7 @@ def test_the_start_changes_the_field_alone():
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {f"{network}.backbone.pos_field" for network in ("student", "teacher")}
         assert torch.equal(after["student.backbone.pos_field"], after["teacher.backbone.pos_field"])
+        assert after["student.backbone.pos_field"].is_contiguous()
 
 
 def test_a_fixed_field_stays_and_its_run_goes_on(tmp_path):

@@ -367,6 +367,7 @@ def test_methods_are_named_apart():
         recipe(name).run.name
         for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")
     ]
+    names += [recipe(name).run.name for name in ("intertwined_as_published", "dinov2_as_published")]
     assert len(set(names)) == len(names)
 
 
@@ -385,6 +386,25 @@ def test_both_parts_off_is_not_the_baseline():
     assert run_protocol(baseline, IMAGENET_1K).full
     differ = {key for key in differences(none, baseline) if not key.startswith("run.")}
     assert differ == {"recipe", "positions.grid", "positions.interpolation"}
+
+
+@pytest.mark.parametrize("name", ["intertwined", "dinov2"])
+def test_dinov2s_running_values(name):
+    """Two settings, of each recipe; and the neighbors of KoLeo by GPUs, or by parts of a batch on one."""
+    config, ours = recipe(f"{name}_as_published"), recipe(f"{name}-100ep")
+    blur, scope = [(1.0, 0.1, 0.5), (0.0, 0.9, 0.5)], ["global", "local"]
+    changes = {"color.blur_p": [list(values) for values in blur], "losses.koleo_scope": scope}
+    assert run_protocol(config, IMAGENET_1K).deviations == changes
+    assert config.recipe == ours.recipe == f"{name}-100ep" and not differences(
+        ours, config
+    ).keys() - changes.keys() - {
+        "run.name",
+        "run.output",
+    }
+    batch = config.optim.batch_size
+    assert (batch // 4, batch // 8) == (128, 64)
+    for words in ("512 / 4 GPUs = 128", "512 / 8 = 64", "4 of 128", "8 of 64"):
+        assert words in comments("intertwined_as_published")
 
 
 def test_one_gpu_follows_the_recipe_to_the_letter():

@@ -221,7 +221,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def _init_weights(self) -> None:
-        """DINOv2's initialization (METHOD.md 4); mask_token stays zero, as DINOv2's."""
+        """DINOv2's initialization, and a field of white noise (METHOD.md 2); mask_token stays zero, as DINOv2's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

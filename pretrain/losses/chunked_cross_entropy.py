@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain import cpu_tuning
 from pretrain.heads import HeadOutput
-from pretrain.precision import at_least_float32, product_dtype
+from pretrain.precision import at_least_float32, logits_dtype, product_dtype
 
 
 def cross_entropy_sum(
@@ -81,11 +81,12 @@ def distribution(teacher: HeadOutput, center: Tensor, temperature: float, table:
 
 
 def _logits(rows: Tensor, prototypes: Tensor, table: str = "") -> Tensor:
-    """rows @ prototypes.T, [M, K], in the dtype of ``rows``; the product runs in autocast's dtype.
+    """rows @ prototypes.T, [M, K], in the dtype of ``rows``; the product runs in :func:`logits_dtype`. Cosines over
+    a temperature of at least 1e-4 are far below float16's largest number, 65,504.
 
     With a ``table`` (:mod:`pretrain.cpu_tuning`) the result is valid until the next call with that name.
     """
-    dtype = product_dtype(rows)
+    dtype = logits_dtype(rows)
     with torch.autocast(rows.device.type, enabled=False):
         if dtype == rows.dtype and table:
             return cpu_tuning.product(rows, prototypes.to(dtype), table)
@@ -122,8 +123,11 @@ def _value_and_gradients(
     bottleneck, (n_views, n_samples, _) = student.bottleneck, student.bottleneck.shape
     dtype, full = product_dtype(bottleneck), torch.promote_types(bottleneck.dtype, torch.float32)
     z = bottleneck.to(full) / temperatures[0]  # [R, B, d], so that z @ prototypes.T are logits / temperature
+    # Cast once, not in every chunk. Gradients stay in autocast's dtype: weights of a patch are 1e-5, which float16
+    # rounds to a few of its smallest numbers.
     prototypes = student.prototypes.to(dtype)
-    teacher = HeadOutput(teacher.bottleneck, teacher.prototypes.to(dtype))  # once, not in every chunk
+    of_logits = student.prototypes.to(logits_dtype(bottleneck))
+    teacher = HeadOutput(teacher.bottleneck, teacher.prototypes.to(of_logits.dtype))
     mass = pairs.to(full).sum(1, keepdim=True)  # [R, 1]
     pairs = pairs.to(full) / mass.clamp(min=1e-30)  # [R, T], rows summing to 1
     weights = weights.to(full) * mass  # [R, B]
@@ -140,7 +144,7 @@ def _value_and_gradients(
         p = distribution(rows, center, temperatures[1], "teacher").unflatten(0, (n_teachers, -1))  # [T, b, K]
         targets = _mixed(pairs, p)  # [R * b, K]
         z_chunk, weight = z[:, chunk].flatten(0, 1), weights[:, chunk].flatten()  # [R * b, d], [R * b]
-        value, slope = _chunk_loss(_logits(z_chunk, prototypes, "student"), targets, temperatures[0])
+        value, slope = _chunk_loss(_logits(z_chunk, of_logits, "student"), targets, temperatures[0])
         total += (value * weight).sum()
         if grad_z is not None and grad_prototypes is not None:
             slope = slope.to(dtype)

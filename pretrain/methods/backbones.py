@@ -40,7 +40,8 @@ def new_backbone(
         vit = _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
         if is_field:
             start = positions.init, positions.init_grid, positions.init_scale
-            vit.pos_field.data = started_field(vit.pos_field.data, *start)
+            # into its memory: FSDP2 takes contiguous parameters alone
+            vit.pos_field.data.copy_(started_field(vit.pos_field.data, *start))
     return _prepared(vit, positions)
 
 

@@ -68,9 +68,9 @@ class LossSettings(Group):
     center_momentum: float = setting(0.9, "of the running center", source="DINOv2", ge=0, le=1)
     sinkhorn_iterations: int = setting(3, "of Sinkhorn-Knopp", source="DINOv2", ge=1, le=1000)
     teacher_temperature: float = setting(
-        0.04, "temperature of the teacher, constant", source="Table 6", ge=1e-6
+        0.04, "temperature of the teacher, constant", source="Table 6", ge=1e-4
     )
-    student_temperature: float = setting(0.1, "temperature of the student", source="DINOv2", ge=1e-6)
+    student_temperature: float = setting(0.1, "temperature of the student", source="DINOv2", ge=1e-4)
 
 
 class IntertwinedOptimSettings(TeacherOptimSettings):

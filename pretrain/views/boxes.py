@@ -72,7 +72,7 @@ class CropSettings(Settings):
 
 
 class PositionSettings(Settings):
-    """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
+    """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 2 and 3)."""
 
     encoding: Literal["field", "standard", "rotary"] = setting(
         "field",
