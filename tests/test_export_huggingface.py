@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from backbone_fixture import randomize
+from backbone_fixture import sharp
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -17,7 +17,22 @@ transformers = pytest.importorskip(
 )
 
 TINY = "vit_tiny_patch16"
+ROTARY = dict(pos_encoding="rotary", n_registers=4, layerscale=0.3, ln_eps=1e-5, qkv_bias="no_key")
 CASES = {
+    "rotary": ("DINOv3ViTModel", {**ROTARY, "mask_tokens": True}, (32, 64)),
+    "rotary, gated, no bias": ("DINOv3ViTModel", {**ROTARY, "swiglu": True, "qkv_bias": "none"}, (48, 32)),
+    "rotary, bias of keys, no LayerScale": (
+        "DINOv3ViTModel",
+        {**ROTARY, "qkv_bias": "all", "layerscale": None, "gelu": "tanh"},
+        (32, 48),
+    ),
+    "gated": ("Dinov2Model", dict(layerscale=0.3, pos_grid=2, swiglu=True, mlp_ratio=8 / 3), (32, 32)),
+    "gated, registers, no bias": (
+        "Dinov2WithRegistersModel",
+        dict(n_registers=4, pos_grid=2, swiglu=True, mlp_ratio=8 / 3, qkv_bias="none"),
+        (32, 32),
+    ),
+    "no bias of keys": ("ViTModel", dict(pos_grid=2, qkv_bias="no_key"), (32, 32)),
     "plain": ("ViTModel", dict(pos_grid=2), (32, 32)),
     "field, not square": ("ViTModel", dict(pos_encoding="field", pos_grid=5), (32, 64)),
     "tanh, no positions, own eps and MLP": (
@@ -42,7 +57,7 @@ CASES = {
 
 
 def backbone(**model_kwargs):
-    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
+    return sharp(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @torch.no_grad()

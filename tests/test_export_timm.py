@@ -5,18 +5,25 @@ import os
 
 import pytest
 import torch
-from backbone_fixture import randomize
+from backbone_fixture import sharp
 from safetensors.torch import load_file, save_file
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.export import export
-from pretrain.export.timm import model_arguments
+from pretrain.export.timm import architecture, model_arguments
 
 timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'posfield[export]')")
 
 TINY = "vit_tiny_patch16"
+ROTARY = dict(pos_encoding="rotary", n_registers=4, layerscale=0.3, ln_eps=1e-5, qkv_bias="no_key")
 CASES = {
+    "rotary": (ROTARY, (32, 64)),
+    "rotary, gated, no bias, no LayerScale": (
+        {**ROTARY, "swiglu": True, "qkv_bias": "none", "layerscale": None, "n_registers": 0},
+        (48, 32),
+    ),
+    "gated": (dict(layerscale=0.3, pos_grid=2, swiglu=True, mlp_ratio=8 / 3), (32, 32)),
     "plain": (dict(pos_grid=2), (32, 32)),
     "standard, resampled, not square": (dict(pos_grid=3, pos_interpolation="bicubic_antialias"), (64, 32)),
     "field": (dict(pos_encoding="field", pos_grid=5), (48, 48)),
@@ -38,7 +45,7 @@ CASES = {
 
 
 def backbone(**model_kwargs):
-    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
+    return sharp(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @torch.no_grad()
@@ -50,7 +57,7 @@ def test_timm_gives_our_features(tmp_path, model_kwargs, size):
     image = torch.randn(2, 3, *size)
     expected = vit(image)
     by_hand = timm.create_model(
-        "vit_tiny_patch16_224",
+        architecture(vit),
         num_classes=0,
         checkpoint_path=str(folder / "model.safetensors"),
         **model_arguments(vit, size),
@@ -87,7 +94,7 @@ def test_timm_finds_what_it_needs_beside_the_weights(tmp_path):
 
 
 def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_path):
-    export(randomize(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
+    export(sharp(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
     model = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "a" / "model.safetensors")
     )
@@ -106,7 +113,7 @@ def test_what_timm_has_comes_back_exactly(tmp_path, model_kwargs, size):
         {"patch_size": model_kwargs.get("patch_size", 16)},
     )
     export(vit, "timm", size, folder)
-    if size[0] != size[1]:
+    if size[0] != size[1] and vit.pos_encoding != "rotary":
         with pytest.raises(
             UserError, match=f"positions for images of {size[0]} x {size[1]} px, not of a square grid"
         ):

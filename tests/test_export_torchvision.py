@@ -32,6 +32,11 @@ PLAIN = {
         (48, 48),
     ),
     "no positions": (dict(pos_encoding="none"), (48, 32)),
+    "rotary": (
+        dict(pos_encoding="rotary", qkv_bias="no_key", n_registers=4, cls_norm=True),
+        (48, 32),
+    ),
+    "rotary, no bias": (dict(pos_encoding="rotary", qkv_bias="none", layerscale=0.3), (48, 32)),
     "relative positions": (dict(pos_encoding="none", relative_positions=True), (48, 32)),
 }
 
@@ -76,6 +81,9 @@ def test_the_fold_of_layerscale_is_its_closed_form(tmp_path):
 
 def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
     for model_kwargs, size, message in [
+        (dict(pos_encoding="rotary"), (32, 32), "torchvision has no ViT with rotary positions"),
+        (dict(swiglu=True), (32, 32), "torchvision has no ViT with gated MLPs"),
+        (dict(cls_norm=True), (32, 32), r"torchvision has no ViT with an own norm for \[CLS\]"),
         (dict(n_registers=4), (32, 32), r"torchvision has no ViT with registers \(this one has 4\)"),
         (dict(has_cls=False), (32, 32), r"torchvision has no ViT without \[CLS\]"),
         (dict(final_norm=False), (32, 32), "torchvision has no ViT without a final norm"),
@@ -104,7 +112,7 @@ def test_plain_tensors_come_back_exactly(tmp_path, model_kwargs, size):
     export(vit, "safetensors", size, path, {"method": "ours", "effective_epochs": 12})
     keys = load_file(path).keys()
     assert not {"pos_field", "cls_pos", "mask_token", "pos_mask_token"} & keys
-    assert ("pos_embed" in keys) == (vit.pos_encoding != "none")
+    assert ("pos_embed" in keys) == (vit.pos_encoding not in ("none", "rotary"))
     again, image = build_backbone(TINY, path).eval(), torch.randn(2, 3, *size)
     for output, expected in zip(again(image), vit(image)):
         assert torch.equal(output, expected)

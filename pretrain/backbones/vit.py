@@ -235,6 +235,11 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the MLPs are SwiGLUs."""
+        return bool(self.model_kwargs.get("swiglu", False))
+
+    @property
     def n_prefix(self) -> int:
         """Tokens before the first patch: [CLS], if there is one, and the registers."""
         return self.has_cls + self.n_registers

@@ -97,7 +97,7 @@ def model_card(
 
 def _architecture(vit: ViT) -> str:
     """ "ViT-S/16, 4 registers"."""
-    name = registry_name(vit.embed_dim, swiglu=vit.model_kwargs.get("swiglu", False))
+    name = registry_name(vit.embed_dim, swiglu=vit.is_gated)
     label = backbone_label(name).partition("/")[0] if name else f"ViT of width {vit.embed_dim}"
     return f"{label}/{vit.patch_size}" + (f", {vit.n_registers} registers" if vit.n_registers else "")
 

@@ -108,14 +108,17 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         UserError: the grid is not square, as a ViT's learned one is; see :func:`whole_patches`.
     """
     name, model_kwargs = registered_name(vit), {**vit.model_kwargs, "mask_tokens": False}
-    has_positions = vit.pos_encoding != "none"
+    model_kwargs.pop("local_cls_norm", None)
+    has_positions = vit.pos_encoding not in ("none", "rotary")
     square = "a ViT learns a square grid; give one side, or take --format timm" if has_positions else ""
     side, state = whole_patches(vit, size, square)[0], plain_state(vit, size)
+    if model_kwargs.get("qkv_bias") == "none":
+        state = {key: value for key, value in state.items() if not key.endswith("qkv.bias")}
     if has_positions:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
         model_kwargs |= {"pos_encoding": "standard", "pos_grid": side, "pos_interpolation": interpolation}
     else:
-        del state["pos_embed"]
+        state.pop("pos_embed", None)
     told = {"source": "posfield", **provenance}
     save_backbone(path, state, name=name, model_kwargs=model_kwargs, provenance=told)
     return FixedSizeViT(build_backbone(name, path).eval(), size)

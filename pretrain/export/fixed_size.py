@@ -28,7 +28,7 @@ Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]
 
 TENSORS = "model.safetensors"  # in a folder
 # only our ViT has them, or their grid is another
-NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")
+NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token", "local_cls_norm.")
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,29 @@ def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     * w, D].
 
     The first row is that of [CLS], if there is one. A network without positions gets zeros, which change
-    nothing at any size. Mask tokens are left out.
+    nothing at any size, a rotary one none. Biases are as they are added: zeros where there are none. What only
+    training reads is left out.
 
     Raises:
         UserError: see :func:`whole_patches`.
     """
-    rows = [vit.positions(whole_patches(vit, size))]
+    grid = whole_patches(vit, size)
+    state = {
+        key: value.detach().clone()
+        for key, value in vit.state_dict().items()
+        if not key.startswith(NOT_PLAIN)
+    }
+    for i, block in enumerate(vit.blocks):
+        added: Any = block.attn.qkv.added  # type: ignore[union-attr]
+        state[f"blocks.{i}.attn.qkv.bias"] = (
+            vit.cls_token.new_zeros(3 * vit.embed_dim) if added is None else added
+        )
+    if vit.pos_encoding == "rotary":
+        return state
+    rows = [vit.positions(grid)]
     if vit.has_cls:
         own = {"field": "cls_pos", "standard": "pos_embed"}.get(vit.pos_encoding)
         rows.insert(0, getattr(vit, own)[:, :1] if own else torch.zeros_like(vit.cls_token))
-    state = {key: value.detach().clone() for key, value in vit.state_dict().items() if key not in NOT_PLAIN}
     return {**state, "pos_embed": torch.cat(rows, dim=1)}
 
 
@@ -152,7 +165,7 @@ def registered_name(vit: ViT) -> str:
     Raises:
         UserError: no registered backbone has this width.
     """
-    if name := registry_name(vit.embed_dim, vit.n_registers, vit.model_kwargs.get("swiglu", False)):
+    if name := registry_name(vit.embed_dim, vit.n_registers, vit.is_gated):
         return name
     none = f"{vit.embed_dim} is none of the registry's"
     raise UserError(f"format: our file names the network by its width, and {none}")
@@ -162,11 +175,13 @@ def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float
     """Raise the UserError that names what a network has and ``library`` has no place for.
 
     Args:
-        departures: whether each holds; relative positions are added.
+        departures: whether each holds; what no library has is added.
         ln_eps: the epsilon of the library's norms, if it is fixed.
     """
     eps = vit.model_kwargs["ln_eps"]
-    departures = {"with relative positions": vit.model_kwargs["relative_positions"], **departures}
+    of_its_own = {"with relative positions": vit.model_kwargs["relative_positions"]}
+    of_its_own["with an own norm for [CLS]"] = vit.cls_norm is not None
+    departures = {**of_its_own, **departures}
     departures[f"with ln_eps {eps:g} (its is {ln_eps})"] = ln_eps not in (None, eps)
     found = ", nor one ".join(name for name, holds in departures.items() if holds)
     ensure(not found, f"format: {library} has no ViT {found}; take another --format")

@@ -1,8 +1,9 @@
 """Export to Hugging Face's transformers: ``config.json``, ``model.safetensors`` and
 ``preprocessor_config.json``.
 
-The class is ``ViTModel`` without LayerScale and registers, ``Dinov2Model`` with LayerScale,
-``Dinov2WithRegistersModel`` with registers. Every version of transformers reads the names on disk.
+The class is ``ViTModel`` without LayerScale and registers, ``Dinov2Model`` with LayerScale or gated MLPs,
+``Dinov2WithRegistersModel`` with registers, ``DINOv3ViTModel`` with rotary positions. Every version of transformers
+reads the names on disk.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.backbones.rotary import BASE
 from pretrain.backbones.vit import ViT
 from pretrain.export.fixed_size import (
     Outputs,
@@ -32,6 +34,7 @@ from pretrain.views.pixels import MEAN, STD
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 BICUBIC = 3  # Pillow's number
 TYPES = {"ViTModel": "vit", "Dinov2Model": "dinov2", "Dinov2WithRegistersModel": "dinov2_with_registers"}
+TYPES["DINOv3ViTModel"] = "dinov3_vit"
 OUTSIDE = {
     "cls_token": "embeddings.cls_token",
     "reg_token": "embeddings.register_tokens",
@@ -47,16 +50,33 @@ IN_DINOV2 = {**ATTENTION, "ls1": "layer_scale1.", "ls2": "layer_scale2."}
 IN_DINOV2 |= {name: f"{name}." for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
 
 
+IN_DINOV2 |= {"mlp.w12": "mlp.weights_in.", "mlp.w3": "mlp.weights_out."}
+OUTSIDE_DINOV3 = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "norm": "norm",
+}
+IN_DINOV3 = {f"attn.{letter}": f"attention.{letter}_proj." for letter in ("q", "k", "v")}
+IN_DINOV3 |= {"attn.proj": "attention.o_proj.", "norm1": "norm1.", "norm2": "norm2."}
+IN_DINOV3 |= {"mlp.gate": "mlp.gate_proj.", "mlp.fc1": "mlp.up_proj.", "mlp.fc2": "mlp.down_proj."}
+IN_DINOV3 |= {"ls1": "layer_scale1.", "ls2": "layer_scale2."}
+
+
 def model_class(vit: ViT) -> str:
     """The class of transformers that computes this network."""
+    if vit.pos_encoding == "rotary":
+        return "DINOv3ViTModel"
     if vit.n_registers:
         return "Dinov2WithRegistersModel"
-    return "ViTModel" if vit.model_kwargs["layerscale"] is None else "Dinov2Model"
+    return "ViTModel" if vit.model_kwargs["layerscale"] is None and not vit.is_gated else "Dinov2Model"
 
 
 def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors under the names on disk. What the class has and this network lacks gets values that change
     nothing."""
+    if vit.pos_encoding == "rotary":
+        return _dinov3_state(vit, size)
     is_vit = model_class(vit) == "ViTModel"
     inside, state = IN_VIT if is_vit else IN_DINOV2, dict[str, Tensor]()
     for key, value in plain_state(vit, size).items():
@@ -64,6 +84,8 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         if ".attn.qkv." in key:
             names = [key.replace("qkv", name) for name in ("query", "key", "value")]
             parts = {name: part.clone() for name, part in zip(names, value.chunk(3))}
+        elif vit.is_gated and ".mlp." in key:
+            parts = {key.replace("fc1", "w12").replace("fc2", "w3"): value}
         state |= {renamed(name, OUTSIDE, "encoder.layer.", inside): part for name, part in parts.items()}
     state = {key.replace(".gamma", ".lambda1"): value for key, value in state.items()}
     width = vit.embed_dim
@@ -74,6 +96,30 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         scales = (f"encoder.layer.{i}.layer_scale{n}" for i in range(len(vit.blocks)) for n in (1, 2))
         state |= {f"{name}.lambda1": torch.ones(width) for name in scales}
     return {**state, "embeddings.mask_token": mask_token}
+
+
+def _dinov3_state(vit: ViT, size: Size) -> dict[str, Tensor]:
+    own, state, width = vit.model_kwargs, dict[str, Tensor](), vit.embed_dim
+    for key, value in plain_state(vit, size).items():
+        parts = {key: value}
+        if ".attn.qkv." in key:
+            parts = {key.replace("qkv", letter): part.clone() for letter, part in zip("qkv", value.chunk(3))}
+            absent = {"no_key": "k", "none": "qkv"}.get(own.get("qkv_bias", "all"), "")
+            parts = {
+                name: part for name, part in parts.items() if not (name[-4:] == "bias" and name[-6] in absent)
+            }
+        elif vit.is_gated and ".fc1." in key:
+            gate, up = value.chunk(2)
+            parts = {key.replace("fc1", "gate"): gate.clone(), key: up.clone()}
+        state |= {renamed(name, OUTSIDE_DINOV3, "layer.", IN_DINOV3): part for name, part in parts.items()}
+    state = {key.replace(".gamma", ".lambda1"): value for key, value in state.items()}
+    if own["layerscale"] is None:
+        scales = (f"layer.{i}.layer_scale{n}.lambda1" for i in range(len(vit.blocks)) for n in (1, 2))
+        state |= {name: torch.ones(width) for name in scales}
+    if not vit.n_registers:
+        state["embeddings.register_tokens"] = torch.empty(1, 0, width)
+    token = vit.mask_token.detach().clone() if own["mask_tokens"] else torch.zeros(1, width)
+    return {**state, "embeddings.mask_token": token.unsqueeze(0)}
 
 
 def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -88,14 +134,11 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     departures = {"without [CLS]": not vit.has_cls, "without a final norm": not own["final_norm"]}
     refuse("transformers", vit, departures)
     name = model_class(vit)
-    square = (
-        ""
-        if name == "ViTModel"
-        else f"the grid of positions of transformers' {name} is square; give one side"
-    )
-    grid = whole_patches(vit, size, square)
-    if name != "ViTModel":
-        departures = {f"with mlp_ratio {own['mlp_ratio']:g}": own["mlp_ratio"] % 1 != 0}
+    is_dinov2 = name.startswith("Dinov2")
+    told = f"the grid of positions of transformers' {name} is square; give one side"
+    grid = whole_patches(vit, size, told if is_dinov2 else "")
+    if is_dinov2:
+        departures = {f"with mlp_ratio {own['mlp_ratio']:g}": _dinov2_ratio(vit) is None}
         refuse(f"transformers ({name})", vit, departures)
     state, told = huggingface_state(vit, size), description(vit, size, provenance)
     write_folder(path, state, told, config=_config(vit, size), preprocessor_config=_preprocessor(size))
@@ -149,11 +192,37 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
         "dtype": "float32",
     }
     if name == "ViTModel":
-        config["intermediate_size"] = int(vit.embed_dim * model_kwargs["mlp_ratio"])
+        config["intermediate_size"] = hidden_width(vit)
         return {**config, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
-    config |= {"mlp_ratio": int(model_kwargs["mlp_ratio"]), "use_swiglu_ffn": False}
+    if name == "DINOv3ViTModel":
+        biases = model_kwargs.get("qkv_bias", "all")
+        own = dict[str, Any](pos_embed_rescale=None, rope_theta=BASE)
+        own |= {f"{part}_bias": biases != "none" for part in ("query", "value")}
+        own |= {"key_bias": biases == "all", "use_gated_mlp": vit.is_gated, "layerscale_value": 1.0}
+        own |= {"num_register_tokens": vit.n_registers, "intermediate_size": hidden_width(vit)}
+        own |= {"hidden_act": "silu"} if vit.is_gated else {}
+        del config["qkv_bias"]
+        return {**config, **own}
+    config |= {"mlp_ratio": _dinov2_ratio(vit), "use_swiglu_ffn": vit.is_gated}
     config["layerscale_value"] = model_kwargs["layerscale"] or 1.0
     return {**config, "num_register_tokens": vit.n_registers} if vit.n_registers else config
+
+
+def hidden_width(vit: ViT) -> int:
+    """Of the MLPs."""
+    return int(vit.state_dict()["blocks.0.mlp.fc2.weight"].shape[1])
+
+
+def _dinov2_ratio(vit: ViT) -> int | None:
+    """The whole number from which Dinov2Model makes the hidden width, of gated MLPs 2/3 of it and up to a multiple of 8;
+    None: there is none."""
+    hidden = hidden_width(vit)
+
+    def made(ratio: int) -> int:
+        plain = vit.embed_dim * ratio
+        return (int(plain * 2 / 3) + 7) // 8 * 8 if vit.is_gated else plain
+
+    return next((ratio for ratio in range(1, 9) if made(ratio) == hidden), None)
 
 
 def _preprocessor(size: Size) -> dict[str, Any]:

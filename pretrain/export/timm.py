@@ -25,11 +25,16 @@ from pretrain.export.fixed_size import (
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.common import registry_name
 
-LN_EPS = 1e-6  # timm's; its description cannot change it
+LN_EPS, ROTARY_LN_EPS = 1e-6, 1e-5  # timm's; its description cannot change it
+ALIGNED = 8  # hidden widths of its gated MLPs
 
 
 def architecture(vit: ViT) -> str:
     """timm's name of the nearest architecture; :func:`model_arguments` adds the rest."""
+    if vit.pos_encoding == "rotary":
+        return "vit_small_plus_patch16_dinov3" if vit.is_gated else "vit_small_patch16_dinov3"
+    if vit.is_gated:
+        return "vit_giant_patch14_dinov2"
     return f"{registry_name(vit.embed_dim) or 'vit_base_patch16'}_224"
 
 
@@ -38,8 +43,14 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
     model_kwargs = vit.model_kwargs
     keys = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     arguments: dict[str, Any] = {"img_size": list(size), **{key: model_kwargs[key] for key in keys}}
+    if vit.is_gated and vit.pos_encoding != "rotary":
+        arguments["mlp_ratio"] *= 2  # of the packed halves
     if model_kwargs["layerscale"] is not None:
         arguments["init_values"] = model_kwargs["layerscale"]
+    if vit.pos_encoding == "rotary":
+        aligned = {"swiglu_align_to": ALIGNED} if vit.is_gated else {}
+        own = {"num_reg_tokens": vit.n_registers, "global_pool": "token"}
+        return {**arguments, **own, **aligned, "qkv_bias": _has_bias(vit)}
     if vit.n_registers:
         arguments["reg_tokens"] = vit.n_registers
     if _embeds_patches_alone(vit):
@@ -56,11 +67,35 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
 def timm_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors of timm's network with these :func:`model_arguments`."""
     state = plain_state(vit, size)
+    if vit.pos_encoding == "rotary":
+        return _rotary_state(vit, state)
     if _embeds_patches_alone(vit):
         state["pos_embed"] = state["pos_embed"][:, int(vit.has_cls) :]
         if vit.has_cls:
             state["cls_token"] = vit.cls_input().detach().clone()
     return state
+
+
+def _rotary_state(vit: ViT, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = dict[str, Tensor]()
+    for key, value in plain.items():
+        if key.endswith("attn.qkv.bias"):
+            query, _, rest = value.chunk(3)
+            biases = {"q_bias": query.clone(), "v_bias": rest.clone()} if _has_bias(vit) else {}
+            state |= {key.replace("qkv.bias", name): part for name, part in biases.items()}
+        elif vit.is_gated and ".fc1." in key:
+            gate, up = value.chunk(2)
+            state |= {key.replace("fc1", "fc1_g"): gate.clone(), key.replace("fc1", "fc1_x"): up.clone()}
+        else:
+            state[key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")] = value
+    if vit.model_kwargs["layerscale"] is None:  # its architecture has one
+        scales = (f"blocks.{i}.gamma_{n}" for i in range(len(vit.blocks)) for n in (1, 2))
+        state |= {name: torch.ones(vit.embed_dim) for name in scales}
+    return state
+
+
+def _has_bias(vit: ViT) -> bool:
+    return vit.model_kwargs.get("qkv_bias", "all") != "none"
 
 
 def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -73,7 +108,14 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     require("timm", "timm")
     import timm
 
-    refuse("timm", vit, {}, LN_EPS)
+    is_rotary, own = vit.pos_encoding == "rotary", vit.model_kwargs
+    departures = {
+        "with rotary positions and a bias of the keys": is_rotary and own.get("qkv_bias", "all") == "all",
+        "with rotary positions and the tanh GELU": is_rotary and own["gelu"] == "tanh" and not vit.is_gated,
+        "with rotary positions and no [CLS] or no final norm": is_rotary
+        and not (vit.has_cls and own["final_norm"]),
+    }
+    refuse("timm", vit, departures, ROTARY_LN_EPS if is_rotary else LN_EPS)
     grid, told = whole_patches(vit, size), description(vit, size, provenance)
     write_folder(path, timm_state(vit, size), told, config=_config(vit, size))
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
@@ -97,8 +139,12 @@ patches = model.forward_features(image)[:, {vit.n_prefix}:]  # [B, N, D]"""
     notes = [
         f"The same by hand: `timm.create_model({architecture(vit)!r}, num_classes=0, "
         f"checkpoint_path={f'{path}/{TENSORS}'!r}, {told})`. The arguments also stand in `config.json` as `model_args`.",
-        "For another size add `img_size=(height, width)`: timm then resamples `pos_embed` (bicubic, antialiased).",
+        "It takes any size of whole patches."
+        if vit.pos_encoding == "rotary"
+        else "For another size add `img_size=(height, width)`: timm then resamples `pos_embed` (bicubic, antialiased).",
     ]
+    if vit.pos_encoding == "rotary":
+        return Usage("timm", code, tuple(notes))
     if vit.n_registers and vit.has_cls:
         said = "as in timm's own networks with registers (`no_embed_class`)"
         notes.append(f"The position of [CLS] is added into `cls_token`, {said}.")

@@ -66,6 +66,8 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         "without [CLS]": not vit.has_cls,
         "without a final norm": not model_kwargs["final_norm"],
         "with the tanh GELU": model_kwargs["gelu"] != "erf",
+        "with rotary positions": vit.pos_encoding == "rotary",
+        "with gated MLPs": vit.is_gated,
     }
     refuse("torchvision", vit, departures, LN_EPS)
     grid = whole_patches(vit, size, "images of torchvision's VisionTransformer are square; give one side")

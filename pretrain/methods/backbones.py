@@ -37,6 +37,7 @@ def new_backbone(
         own = {} if is_field else grid  # a field of the file's stays as it is
         vit = _built(settings, _read(settings, positions), **how, **own)
     else:
+        how |= {"qkv_bias": "no_key", "ln_eps": 1e-5} if is_rotary else {}  # DINOv3's network
         vit = _built(settings, None, **how, **grid, layerscale=settings.backbone.layer_scale_init or None)
         if is_field:
             start = positions.init, positions.init_grid, positions.init_scale
