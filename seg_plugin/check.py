@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from pretrain.analysis.dense_figures import distinct_colors, labels_figure
 from pretrain.analysis.figures import as_array
 from pretrain.data.check import Odd, Report, Size, common, in_two_splits
-from pretrain.data.datasets import LabelSet, MaskRule, folder, kind_of
+from pretrain.data.datasets import LabelSet, MaskRule, folder, kind_of, layout
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads, read_picture
 from pretrain.errors import UserError
@@ -124,7 +124,7 @@ def check(data: Path, masks: MaskRule | None = None, n_classes: int = 0) -> Repo
 def _own(data: Path, rule: MaskRule, n_classes: int) -> list[Split]:
     """The parts that are there, however bad they are."""
     found, errors = list[folder.Found](), list[UserError]()
-    for part in folder.PARTS:
+    for part in layout.PARTS:
         try:
             found.append(folder.find(data, part, n_classes, rule))
         except UserError as error:
