@@ -33,7 +33,7 @@ from seg_plugin import plan
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
-from seg_plugin.data import DATASETS, check_parts, recipe_for
+from seg_plugin.data import DATASETS, check_parts, in_words, recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
@@ -197,6 +197,7 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
                 run, len(parts["training"]), len(parts["validation"]), device, begins=checkpoint is None
             )
             if distributed.is_main():
+                say(f"data: {in_words([*parts.values()])}")
                 digest.leave(output, said_of_data)
                 leave_split(output, parts)
             runner = _Runner.from_cfg(cfg)

@@ -5,7 +5,11 @@
 * Roboflow: ``_classes.csv``, in the folder or in each split's, rows of ``Pixel Value, Class``.
 * LightlyTrain: ``config.yaml`` with ``train`` and ``val``, each with ``images`` and ``masks``, and with
   ``classes``, ``{value: name}``, and ``ignore_classes``, which do not count
-  (https://docs.lightly.ai/train/0.10.0/semantic_segmentation.html). Its paths are not followed.
+  (https://docs.lightly.ai/train/0.10.0/semantic_segmentation.html).
+* Ultralytics: ``data.yaml`` with ``masks_dir`` and ``names``, a list or ``{value: name}``
+  (https://docs.ultralytics.com/datasets/semantic).
+
+Paths in these files are not followed.
 
 What they do not name is an error; 255 does not count, nor does what is called ``void``. Files of these names with
 anything else in them are none of ours.
@@ -13,9 +17,10 @@ anything else in them are none of ours.
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import PngImagePlugin
 
@@ -25,7 +30,7 @@ from pretrain.errors import UserError
 from pretrain.files import read_lines
 from pretrain.settings import read_yaml
 
-CSV, YAML = "_classes.csv", "config.yaml"
+CSV, LIGHTLY, ULTRALYTICS = "_classes.csv", "config.yaml", "data.yaml"
 WAY_ON = "write labels.yaml, which goes before it"
 
 
@@ -50,7 +55,7 @@ def told(root: Path) -> Told | None:
     Raises:
         UserError: a file that cannot be read, or does not say what it should; two that differ.
     """
-    found = [each for each in (_labelmap(root), _of_csv(root), _of_yaml(root)) if each]
+    found = [each for of in (_labelmap, _of_csv, _lightly, _ultralytics) if (each := of(root))]
     if len(found) > 1:
         names = " and ".join(each.file.name for each in found)
         raise UserError(f"{root} has {names}, which both say what masks mean: take one away, or {WAY_ON}")
@@ -106,21 +111,37 @@ def _classes(file: Path) -> Told | None:
     return Told(file, names)
 
 
-def _of_yaml(root: Path) -> Told | None:
-    file = root / YAML
-    try:
-        said = read_yaml(file).values if file.is_file() else {}
-    except UserError:
-        return None
-    parts, names = [said.get(part) for part in ("train", "val")], said.get("classes")
-    if not isinstance(names, dict) or not all(
+def _lightly(root: Path) -> Told | None:
+    said = _yaml(file := root / LIGHTLY)
+    parts = [said.get(part) for part in ("train", "val")]
+    if "classes" not in said or not all(
         isinstance(of, dict) and {"images", "masks"} <= {*of} for of in parts
     ):
         return None  # any other tool's
-    void = said.get("ignore_classes", [])
-    if not all(isinstance(name, str) for name in names.values()) or not isinstance(void, list):
-        raise UserError(f"{file}: classes are read as {{value: name}}, ignore_classes as a list; {WAY_ON}")
+    names, void = _by_value(file, said["classes"]), said.get("ignore_classes", [])
+    if not isinstance(void, list):
+        raise UserError(f"{file}: ignore_classes is no list; {WAY_ON}")
     return Told(file, {v: n for v, n in names.items() if v not in void}, tuple(map(str, void)))
+
+
+def _ultralytics(root: Path) -> Told | None:
+    said = _yaml(file := root / ULTRALYTICS)
+    return Told(file, _by_value(file, said["names"])) if {"masks_dir", "names"} <= {*said} else None
+
+
+def _yaml(file: Path) -> Mapping[str, Any]:
+    """What it holds; nothing, if it cannot be read: it may be anybody's."""
+    try:
+        return read_yaml(file).values if file.is_file() else {}
+    except UserError:
+        return {}
+
+
+def _by_value(file: Path, names: Any) -> dict[str, str]:
+    found = {str(k): name for k, name in enumerate(names)} if isinstance(names, list) else names
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{file}: its classes are no list of names, and no {{value: name}}; {WAY_ON}")
+    return found
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -300,7 +300,7 @@ def _side(
     part: str, share: float, images: dict[str, str], place: layout.Place, stems: list[str]
 ) -> list[str]:
     """Those of one part."""
-    names = {stem: os.path.relpath(images.get(stem, stem), place.images) for stem in stems}
+    names = {stem: os.path.relpath(images[stem], place.images) if stem in images else stem for stem in stems}
     at = {stem: shares.place(name.replace(os.sep, "/")) for stem, name in names.items()}
     val = shares.of_validation(at.values(), share)
     return [stem for stem in stems if (at[stem] in val) == (part == "val")]

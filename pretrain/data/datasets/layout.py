@@ -210,15 +210,19 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir())
+    return sorted(Path(entry.path) for entry in _entries(folder) if entry.is_dir())
 
 
 def _files(folder: Path, suffixes: Iterable[str]) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in suffixes:
-                yield entry.name
+    return (e.name for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in suffixes)
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
 
 
 def _split(path: Path) -> list[str]:
