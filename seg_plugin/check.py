@@ -19,13 +19,14 @@ from PIL import Image, PngImagePlugin
 from pretrain.analysis.dense_figures import distinct_colors, labels_figure
 from pretrain.analysis.figures import as_array
 from pretrain.data.check import Odd, Report, Size, common, in_two_splits
-from pretrain.data.datasets import LabelSet, MaskRule, folder, kind_of
+from pretrain.data.datasets import LabelSet, MaskRule, folder, kind_of, layout
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads, read_picture
 from pretrain.errors import UserError
-from seg_plugin.data import PARTS, check_parts, label_set, recipe_for, section
+from seg_plugin.data import PARTS, check_parts, in_words, label_set, recipe_for, section
 
 OWN = "folder"  # the kind of masks of one's own
+TRIED_SHARE = 0.2  # of a set that nothing divides
 STRAY = 8  # so many values, and half of a mask's, that nowhere fill 2 x 2 pixels: nobody drew them
 ALONE, UNMASKED = "masks without an image", "images without a mask"
 BROKEN, BAD = "unreadable images", "masks that cannot be read"
@@ -111,9 +112,8 @@ def check(data: Path, masks: MaskRule | None = None, n_classes: int = 0) -> Repo
     odd = [each for each in odd if each.names]
     refused, notes = _tried(data, rule, n_classes)
     stops = [f"it would end in the first epoch: {each}" for each in odd if each.what in FATAL]
-    first = ", ".join(f"{split.name} {split.labels.folder} ({len(split.seen)} pairs)" for split in splits)
     sizes = common(seen.size for split in splits for seen in split.seen if seen.size)
-    told = f"masks ({kind}): {first}; {splits[0].labels.description}"
+    told = f"masks ({kind}): {in_words([split.labels for split in splits])}"
     table = _counts(splits)
     return Report(
         data, "posfield segment", splits, told, *table, f"images {sizes} pixels" if sizes else "no image can be read", odd,
@@ -122,13 +122,18 @@ def check(data: Path, masks: MaskRule | None = None, n_classes: int = 0) -> Repo
 
 
 def _own(data: Path, rule: MaskRule, n_classes: int) -> list[Split]:
-    """The parts that are there, however bad they are."""
+    """The parts that are there, however bad they are; of one part that is both, as --val-share would divide it."""
     found, errors = list[folder.Found](), list[UserError]()
-    for part in folder.PARTS:
+    for part in layout.PARTS:
         try:
             found.append(folder.find(data, part, n_classes, rule))
         except UserError as error:
             errors.append(error)
+    if not found and not rule.val_share:
+        try:
+            return _own(data, rule.model_copy(update={"val_share": TRIED_SHARE}), n_classes)
+        except UserError:
+            raise errors[0] from None
     if not found:
         raise errors[0]
     none = [each.label_set((), n_classes) for each in found]

@@ -6,7 +6,7 @@ the file.
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +147,13 @@ def label_set(values: Mapping[str, Any]) -> LabelSet:
     if values["kind"] == "voc2012" and found.departure:
         raise UserError(f"data: {root} has no trainaug.txt and SegmentationClassAug, for voc_aug")
     return found
+
+
+def in_words(parts: Sequence[LabelSet]) -> str:
+    """One line: where the images of each part lie, how many there are, and who names the classes."""
+    told = [f"{part.part} {part.folder} ({len(part)} pairs)" for part in parts]
+    told += [f"divided by --val-share {part.val_share:g}" for part in parts[-1:] if part.val_share]
+    return f"{', '.join(told)}; {parts[0].description}"
 
 
 def check_parts(train: LabelSet, validation: LabelSet) -> None:

@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
-from pretrain.data import digest
-from pretrain.data.datasets import MaskRule
+from pretrain.data import digest, share
+from pretrain.data.datasets import LabelSet, MaskRule
 from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.files import read_mapping, replacing
 from pretrain.jobs import start
@@ -33,7 +33,7 @@ from seg_plugin import plan
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
-from seg_plugin.data import DATASETS, check_parts, recipe_for
+from seg_plugin.data import DATASETS, check_parts, in_words, recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.loop import end_workers
 from seg_plugin.predict import newest_checkpoint
@@ -181,6 +181,8 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
     check_parts(parts["training"], parts["validation"])
+    if run.masks.val_share and not parts["training"].val_share:
+        say(f"{run.data} has images for validation: --val-share is not used")
     if checkpoint is not None:
         if not resume:
             told = f"holds an unfinished run ({checkpoint.name}); go on with it by --resume"
@@ -195,7 +197,9 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
                 run, len(parts["training"]), len(parts["validation"]), device, begins=checkpoint is None
             )
             if distributed.is_main():
+                say(f"data: {in_words([*parts.values()])}")
                 digest.leave(output, said_of_data)
+                leave_split(output, parts)
             runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             runner.register_hook(plan.ProgressHook(run.protocol.batch_size))
@@ -212,6 +216,13 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
         told = str(error).strip().splitlines()[-1]
         raise UserError(told.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     return output / FILE_NAME
+
+
+def leave_split(output: Path, parts: Mapping[str, LabelSet]) -> None:
+    """Write down how the images of one part were divided, if they were."""
+    names = ([name.lstrip("/") for name in parts[part].named] for part in ("training", "validation"))
+    if val_share := parts["training"].val_share:
+        share.leave_split(output, val_share, *names)
 
 
 class _Runner(Runner):

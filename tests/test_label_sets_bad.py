@@ -45,7 +45,7 @@ def put(file, content):
         ),
         (
             write_folder,
-            lambda r: (r / "masks").rename(r / "label maps"),
+            lambda r: (r / "masks").rename(r / "truth"),
             "val",
             "looked for .*VOC2012/.*masks,annotations,labels",
         ),

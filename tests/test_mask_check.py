@@ -266,7 +266,10 @@ def test_colors_that_labels_yaml_names(root):
     assert check(root).odd == [] and not check(root).refused
     (root / "labels.yaml").write_text(f"map: {{{colors}}}\n")
     own = found(check(root))["val", "masks with values that are no class"]
-    assert own[0] == "1000.png (holds the color #0000c8, which labels.yaml does not name)" and len(own) == 4
+    assert (
+        own[0] == "1000.png (holds the color #0000c8, which labels.yaml does not name, nor labelmap.txt)"
+        and len(own) == 4
+    )
     assert check(root).refused and ends_training(root)
 
 

@@ -12,9 +12,10 @@ from tool_fixture import ended
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.layout import locate
 from det_plugin.coco.metrics import coco_metrics
-from det_plugin.coco.share import divided, of_validation, place, share_of
+from det_plugin.coco.share import divided, of_validation
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.train import evaluate, finetune
+from pretrain.data.share import place, share_of
 from pretrain.errors import UserError
 from pretrain.results import read_result
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.coco.metrics import Prediction
-from det_plugin.coco.share import share_of
 from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
+from pretrain.data.share import share_of
 from pretrain.errors import TRUST_HELP, UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.

@@ -49,13 +49,13 @@ from PIL import Image
 from det_plugin.coco.content import HEADER_READERS, UNREADABLE, misread, swaps_sides
 from det_plugin.coco.layout import CocoFiles, in_words, locate, read_json
 from det_plugin.coco.masks import Segmentation, as_rle, coco_api, crossings
-from det_plugin.coco.share import leave_split
 from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.data.box_sets import FARTHEST_PX, breaks_line, is_crowd
 from pretrain.data.broken import SHARE, UnreadableImage, check_share, may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.digest import hash_of
 from pretrain.data.images import n_shared
+from pretrain.data.share import leave_split
 from pretrain.data.sources.files import read_file
 from pretrain.distributed import gather_objects, rank, world_size
 from pretrain.errors import UserError
@@ -222,7 +222,9 @@ class Data:
     def leave_split(self, output: Path) -> None:
         """Write down how the images were divided, if they were."""
         if self.train.source.side:
-            leave_split(output, self.train.source.val_share, self.train.source.read(), self.val.source.read())
+            contents = (side.source.read() for side in (self.train, self.val))
+            names = ([image["file_name"] for image in content["images"]] for content in contents)
+            leave_split(output, self.train.source.val_share, *names)
 
 
 def read_split(

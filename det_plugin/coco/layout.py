@@ -13,7 +13,7 @@ Pascal VOC: :mod:`det_plugin.coco.voc`. YOLO: :mod:`det_plugin.coco.yolo`. Where
 that one is taken. Other formats are told by name (:mod:`det_plugin.coco.others`).
 
 Any other layout of COCO's: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``,
-relative to that file. A set of one split is divided by ``--val-share`` (:mod:`det_plugin.coco.share`).
+relative to that file. A set of one split is divided by ``--val-share`` (:mod:`pretrain.data.share`).
 """
 
 import json

@@ -14,13 +14,13 @@ from pathlib import Path
 from det_plugin.coco.layout import NoLabels, splits
 from pretrain.cli import add_mask_options, at_least, command_parser, masks_of
 from pretrain.data.check import lines_of, write_page
-from pretrain.data.datasets import folder, kind_of
+from pretrain.data.datasets import folder, kind_of, layout
 from pretrain.errors import UserError
 from pretrain.log import say
 
 TASKS = {
     "detect": ("val_share", "crowds"),
-    "segment": ("void", "map", "mask_name", "classes"),
+    "segment": ("val_share", "void", "map", "mask_name", "classes"),
 }  # their options
 
 
@@ -41,7 +41,7 @@ def task_of(data: Path) -> str:
     if len(tasks) > 1:
         raise UserError(f"{data} holds labels of objects, and masks: give --task {' or --task '.join(tasks)}")
     if not tasks:
-        raise UserError(f"{told}: looked for {folder.LAYOUT}")
+        raise UserError(f"{told}: looked for {layout.LAYOUT}")
     return tasks[0]
 
 
@@ -62,7 +62,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--task", choices=tuple(TASKS), help="of a set with labels for both; else it is found out")
     add("--output", type=Path, metavar="DIR", help="write a page with samples")
     add("--samples", type=int, default=24, metavar="N", help="images on the page (%(default)s)")
-    add("--val-share", type=float, default=0.0, metavar="SHARE", help="as of posfield detect")
     crowds = "as of posfield detect (%(default)s)"
     add("--crowds", default="ignored", choices=("ignored", "objects"), help=crowds)
     add_mask_options(parser)
@@ -70,9 +69,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     at_least(options, samples=0, classes=0)
     options.task = options.task or task_of(options.data)
-    for task, names in TASKS.items():
+    for names in TASKS.values():
         for name in names:
-            if task != options.task and getattr(options, name) != parser.get_default(name):
+            if name not in TASKS[options.task] and getattr(options, name) != parser.get_default(name):
                 told = f"has no effect on what posfield {options.task} takes"
                 raise UserError(f"--{name.replace('_', '-')} {told}")
     return options

@@ -155,19 +155,22 @@ def add_data_changed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-changed", action="store_true", help=told)
 
 
-def add_mask_options(parser: argparse.ArgumentParser) -> None:
+def add_mask_options(parser: argparse.ArgumentParser, may_divide: bool = True) -> None:
     """How masks of one's own are read, for every tool that reads them."""
     add = parser.add_argument
     add("--void", default="", metavar="VALUES", help="of your own masks: what is not counted, 0,255 (255)")
     add("--map", default="", metavar="VALUE=LABEL,...", help="labels of stored values, 255=1")
     add("--mask-name", default="", metavar="NAME", help="of an image's mask, '{stem}_seg.png'")
+    if may_divide:
+        told = "of a set that has one part: the share of its images that is kept for validation, 0.2"
+        add("--val-share", type=float, default=0.0, metavar="SHARE", help=told)
 
 
 def masks_of(options: argparse.Namespace) -> "MaskRule":
     """What :func:`add_mask_options` read."""
     from pretrain.data.datasets import mask_rule  # takes seconds: torch
 
-    return mask_rule(options.void, options.map, options.mask_name)
+    return mask_rule(options.void, options.map, options.mask_name, options.val_share)
 
 
 def evaluation_parser(

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     add("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
     add("--seg-root", default="", metavar="DIR", help="images/{train,val}, masks/{train,val}; ADE20K")
     add("--seg-classes", type=int, default=0, help="how many labels of it count")
-    add_mask_options(parser)
+    add_mask_options(parser, may_divide=False)
     add("--position-root", default="", metavar="PATH", help="images: anything that data.root may be")
     add("--image-px", type=int, default=defaults.image_px, help="side of an image (%(default)s)")
     add("--max-images", type=int, default=defaults.max_images, help="of each part of a set (%(default)s)")

@@ -5,8 +5,9 @@ posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --d
 posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255 epochs=100
 posfield segment --resume --output mine                                          (a run that was stopped)
 
-FOLDER holds images/ and masks/, each with train/ and val/, and perhaps classes.txt or labels.yaml: what posfield
-evaluate dense takes (pretrain/data/datasets/folder.py). More words set fields of the protocol, lr=3e-5, or
+FOLDER holds images/ and masks/, each with train/ and val/, and perhaps classes.txt or labels.yaml, or is another
+layout that posfield evaluate dense takes, too (pretrain/data/datasets/folder.py); of a set that has one part
+--val-share 0.2 is kept for validation. More words set fields of the protocol, lr=3e-5, or
 arguments of the backbone, backbone.depth=4.
 
 The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:

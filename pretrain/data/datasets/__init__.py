@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pretrain.data.datasets import coco, folder, public
+from pretrain.data.datasets import coco, folder, layout, public
 from pretrain.data.datasets.folder import MaskRule, mask_rule
 from pretrain.data.datasets.label_set import LabelSet
 from pretrain.errors import UserError
@@ -17,7 +17,11 @@ __all__ = ["KINDS", "LabelSet", "MaskRule", "mask_rule", "open_label_set", "open
 
 # Of each public kind: what it looks for, whether it is there, and how its parts are opened.
 _PUBLIC: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
-    "voc2012": (public.VOC_LAYOUT, lambda root: public.voc_home(root) is not None, public.open_voc),
+    "voc2012": (
+        public.VOC_LAYOUT,
+        lambda root: public.voc_home(root) is not None and not layout.is_cvat(root),
+        public.open_voc,
+    ),
     "voc2012_train": (public.VOC_LAYOUT, lambda root: False, partial(public.open_voc, own_train=True)),
     "ade20k": (public.ADE_LAYOUT, public.is_ade, public.open_ade),
     "cityscapes": (
@@ -48,7 +52,7 @@ def open_label_set(
     Raises:
         UserError: names the missing folder, list, map of an image or image of a map.
     """
-    if part not in folder.PARTS:
+    if part not in layout.PARTS:
         raise UserError(f"part {part!r} of {root}: it is train or val")
     root, kind = Path(root), kind_of(root, kind)
     if kind == "folder":
@@ -73,7 +77,7 @@ def open_label_sets(
         UserError: as :func:`open_label_set`, and :func:`pretrain.data.datasets.folder.open_parts`.
     """
     if kind_of(root, kind) != "folder":
-        train, val = (open_label_set(root, part, kind, n_classes, masks) for part in folder.PARTS)
+        train, val = (open_label_set(root, part, kind, n_classes, masks) for part in layout.PARTS)
         return train, val
     train, val = folder.open_parts(Path(root), n_classes, masks or MaskRule())
     return _own_name(train), _own_name(val)
@@ -93,9 +97,9 @@ def kind_of(root: str | Path, kind: str = "auto") -> str:
             raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
         return kind
     found = [kind for kind, (_, is_there, _) in _PUBLIC.items() if is_there(root)]
-    found = found or ["folder"] * folder.has(root)
+    found = found or ["folder"] * layout.has(root)
     if not found:
-        layouts = "; ".join(dict.fromkeys([*(layout for layout, _, _ in _PUBLIC.values()), folder.LAYOUT]))
+        layouts = "; ".join(dict.fromkeys([*(text for text, _, _ in _PUBLIC.values()), layout.LAYOUT]))
         raise UserError(f"{root} holds no labeled set that is known: looked for {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} holds several labeled sets: say which kind, {' or '.join(found)}")

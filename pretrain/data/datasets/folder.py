@@ -3,11 +3,13 @@ file says.
 
 Folders: ``images|img|JPEGImages`` with ``annotations|masks|labels|SegmentationClass``, in or around
 ``train|training`` and ``val|validation|valid|test``; or both without parts, and the lists ``train.txt`` and
-``val.txt``. A mask is a PNG of 8 or 16 bits or with a palette, called ``NAME.png``, ``NAME_mask.png``,
-``NAME_L.png`` or by ``mask_name``.
+``val.txt``; or what tools and people make of it (:mod:`pretrain.data.datasets.layout`). A mask is a PNG of 8 or 16 bits
+or with a palette, called ``NAME.png``, ``NAME_mask.png``, ``NAME_L.png`` or by ``mask_name``. A set that has one part
+is divided by ``val_share`` (:mod:`pretrain.data.share`).
 
-Line k of an optional ``classes.txt`` names label k, from 0. An optional ``labels.yaml`` holds a
-:class:`MaskRule`, to merge, rename or ignore::
+Line k of an optional ``classes.txt`` names label k, from 0. Without it, and without ``labels.yaml``, a tool's own file
+does (:mod:`pretrain.data.datasets.exports`). An optional ``labels.yaml`` holds a :class:`MaskRule`, to merge, rename or
+ignore::
 
     classes: [road, car]              # in their order; left out: as map names them first
     map: {0: road, 7: car, 8: car}    # any other value is an error; a color is '#804080' or '128,64,128'
@@ -23,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.data import share as shares
+from pretrain.data.datasets import exports, layout
 from pretrain.data.datasets.label_set import LabelSet
 from pretrain.data.datasets.listing import (
     IMAGE_SUFFIXES,
@@ -30,7 +34,6 @@ from pretrain.data.datasets.listing import (
     Pairs,
     below,
     by_stem,
-    listed_stems,
     named,
     paired,
 )
@@ -40,13 +43,6 @@ from pretrain.errors import UserError
 from pretrain.files import breaks_line, read_lines
 from pretrain.settings import Settings, build, read_yaml, replaced, setting, split_words
 
-IMAGES = ("images", "img", "JPEGImages")
-MAPS = ("masks", "annotations", "labels", "SegmentationClass")
-PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
-LAYOUT = (
-    "images/{train,val} with {masks,annotations,labels,SegmentationClass}/{train,val}; images/, masks/ and the lists "
-    "train.txt, val.txt"
-)
 MASK_NAMES = ("{stem}", "{stem}_mask", "{stem}_L")
 CLASSES, LABELS, NUMBERS = "classes.txt", "labels.yaml", "their numbers"
 VOID, NO_CLASS = 255, "void"
@@ -64,12 +60,14 @@ class MaskRule(Settings):
     mask_name: str = setting(
         "", "of an image's mask, {stem}_seg.png", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
     )
+    val_share: float = setting(0.0, "of the images, for validation, of a set that has one part", ge=0, lt=1)
 
 
-def mask_rule(void: str = "", map: str = "", mask_name: str = "") -> MaskRule:
+def mask_rule(void: str = "", map: str = "", mask_name: str = "", val_share: float = 0.0) -> MaskRule:
     """A rule from words: ``0,255``, ``255=1,7=2`` and ``{stem}_seg.png``. Raises UserError, which names the word."""
     pairs = split_words([word for word in map.split(",") if word])
-    return replaced(MaskRule(), {"void": void, "map": pairs, "mask_name": mask_name}, "masks")
+    values = {"void": void, "map": pairs, "mask_name": mask_name, "val_share": val_share}
+    return replaced(MaskRule(), values, "masks")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,9 @@ class _Meaning:
         map: value -> label; ``is_closed``: there are no values but those of ``map`` and ``void``, otherwise any
             other is its own label.
         names: of the labels 0, 1, ..., if anyone says them.
+        closed_by: the file to which ``is_closed`` is due.
         colors: of masks whose colors are labels; a value is a place among them.
+        val_share: of a set that has one part.
     """
 
     map: Mapping[int, int]
@@ -88,8 +88,10 @@ class _Meaning:
     is_closed: bool
     names: tuple[str, ...]
     named_by: str
+    closed_by: str
     mask_name: str
     colors: tuple[int, ...]
+    val_share: float
 
     def counted(self, n_labels: int) -> list[int]:
         """Those of the labels 0 .. n - 1 that count."""
@@ -120,8 +122,7 @@ class Found:
     Attributes:
         images, masks: {stem: path}.
         others: further PNG files among the masks, which are called otherwise.
-        stems: those that the file ``listed`` names, in its order; None: there is no such file.
-        folder: of the masks.
+        stems: those of a list, in its order, or of a divided set; None: all.
     """
 
     root: Path
@@ -131,8 +132,12 @@ class Found:
     masks: dict[str, str]
     others: Sequence[str]
     stems: Sequence[str] | None
-    listed: Path
-    folder: Path
+    place: layout.Place
+
+    @property
+    def folder(self) -> Path:
+        """Of the masks."""
+        return self.place.masks
 
     @property
     def wanted(self) -> Sequence[str]:
@@ -142,6 +147,8 @@ class Found:
     @property
     def no_png(self) -> Sequence[str]:
         """Other images among the masks; sorted."""
+        if self.place.images == self.folder:
+            return []
         return sorted(path for _, path in below(self.folder, set(IMAGE_SUFFIXES) - set(MAP_SUFFIXES)))
 
     def pairs(self) -> Pairs:
@@ -150,7 +157,7 @@ class Found:
             raise UserError(f"no mask is called {self.meaning.mask_name}; one is {self.others[0]}")
         if not self.masks:
             raise UserError(f"no *.png in {self.folder}")
-        return paired(self.images, self.masks, self.stems, "" if self.stems is None else self.listed)
+        return paired(self.images, self.masks, self.stems, self.place.listed or "")
 
     def label_set(self, values: Iterable[int], n_classes: int = 0) -> LabelSet:
         """Of the pairs that are there, whatever their masks hold; errors: only what ``n_classes`` contradicts.
@@ -162,7 +169,7 @@ class Found:
         n_labels = _n_labels(self.root, self.meaning, n_classes) or 1 + max(held, default=0)
         both = [stem for stem in self.wanted if stem in self.images and stem in self.masks]
         files = [(self.images[stem], self.masks[stem]) for stem in both]
-        return _label_set(self.root, self.part, files, self.meaning, n_labels)
+        return _label_set(self, files, n_labels)
 
 
 def find(root: Path, part: str, n_classes: int, rule: MaskRule) -> Found:
@@ -174,14 +181,9 @@ def find(root: Path, part: str, n_classes: int, rule: MaskRule) -> Found:
     return _find(root, part, _meaning(root, rule, n_classes))
 
 
-def has(root: Path) -> bool:
-    """Whether the folder has a training part."""
-    return all(_training(root, kinds) for kinds in (IMAGES, MAPS))
-
-
 def has_masks(root: Path) -> bool:
     """Whether there are images among what may be masks of a training part; of other labels there are none."""
-    return has(root) and any(any(below(at, IMAGE_SUFFIXES)) for at in _training(root, MAPS))
+    return any(any(below(at, IMAGE_SUFFIXES)) for at in layout.mask_folders(root))
 
 
 def open_part(root: Path, part: str, n_classes: int, rule: MaskRule) -> LabelSet:
@@ -192,9 +194,10 @@ def open_part(root: Path, part: str, n_classes: int, rule: MaskRule) -> LabelSet
     """
     meaning = _meaning(root, rule, n_classes)
     if not (n_labels := _n_labels(root, meaning, n_classes)):
-        seen = _seen([pair for part in PARTS for pair in _pairs(root, part, meaning)], meaning)
+        seen = _seen([pair for each in layout.PARTS for pair in _find(root, each, meaning).pairs()], meaning)
         n_labels = 1 + max(meaning.labels(seen).values(), default=0)
-    return _label_set(root, part, _pairs(root, part, meaning), meaning, n_labels)
+    found = _find(root, part, meaning)
+    return _label_set(found, found.pairs(), n_labels)
 
 
 def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, LabelSet]:
@@ -205,12 +208,15 @@ def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, La
     """
     meaning = _meaning(root, rule, n_classes)
     n_labels = _n_labels(root, meaning, n_classes)
-    train, val = (_pairs(root, part, meaning) for part in PARTS)
+    parts = [_find(root, part, meaning) for part in layout.PARTS]
+    train, val = (found.pairs() for found in parts)
     seen = _seen([*train, *val], meaning)
     labels, n_masks = meaning.labels(seen), len(train) + len(val)
     if unknown := seen.keys() - labels.keys() - set(meaning.void):
         value = min(unknown)
-        raise UserError(f"{seen[value]} holds the value {value}, which {LABELS} does not name{HINT}")
+        raise UserError(
+            f"{seen[value]} holds the value {value}, which {meaning.closed_by} does not name{HINT}"
+        )
     if len(set(labels.values())) < 2:
         if set(seen) == {0, VOID} and VOID not in labels:
             told = "its masks hold 0 and 255 alone, and 255 is not counted"
@@ -234,18 +240,21 @@ def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, La
         told = f"is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535"
         raise UserError(f"{root}: {told}")
     n_labels = n_labels or largest + 1
-    made = [_label_set(root, *part, meaning, n_labels) for part in (("train", train), ("val", val))]
+    made = [_label_set(found, files, n_labels) for found, files in zip(parts, (train, val))]
     return made[0], made[1]
 
 
-def _label_set(root: Path, part: str, files: Pairs, meaning: _Meaning, n_labels: int) -> LabelSet:
+def _label_set(found: Found, files: Pairs, n_labels: int) -> LabelSet:
+    root, part, meaning = found.root, found.part, found.meaning
     names, said = meaning.names or [f"class {k}" for k in range(n_labels)], [part]
+    share = meaning.val_share if found.place.is_whole else 0.0
     void = [f"#{meaning.colors[v]:06x}" if meaning.colors else str(v) for v in sorted(meaning.void)]
     said += [f"not counted: {void}"] * (void != [str(VOID)]) + [f"map: {meaning.map}"] * bool(meaning.map)
+    said += [f"divided by --val-share {share:g}"] * bool(share)
     return LabelSet(
         root.resolve().name, part, tuple(names[k] for k in meaning.counted(n_labels)), files,
-        meaning.table(n_labels), source=", ".join(said), folder=str(_only(root, IMAGES, part)),
-        named_by=meaning.named_by, void=", ".join(void), colors=meaning.colors, hint=HINT,
+        meaning.table(n_labels), source=", ".join(said), folder=str(found.place.images),
+        named_by=meaning.named_by, void=", ".join(void), colors=meaning.colors, hint=HINT, val_share=share,
     )  # fmt: skip
 
 
@@ -268,53 +277,33 @@ def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
     return found
 
 
-# --- where the files are ----------------------------------------------------------------------------------
-
-
-def _training(root: Path, kinds: tuple[str, ...]) -> list[Path]:
-    return _places(root, kinds, "" if (root / "train.txt").is_file() else "train")
-
-
-def _places(root: Path, kinds: tuple[str, ...], part: str = "") -> list[Path]:
-    """Folders of a part, or of all; ``test`` is that of ``val`` only where no other is."""
-    inside = [
-        place for k in kinds for name in PARTS.get(part, ()) for place in (f"{k}/{name}", f"{name}/{k}")
-    ]
-    found = [root / place for place in inside or kinds if (root / place).is_dir()]
-    return [place for place in found if "test" not in place.relative_to(root).parts] or found
-
-
-def _only(root: Path, kinds: tuple[str, ...], part: str) -> Path:
-    """The folder of a part's images or masks; of all, where a list says the part."""
-    found = _places(root, kinds, part) or _places(root, kinds)
-    if len(found) > 1:
-        told = " and ".join(str(place.relative_to(root)) for place in found)
-        raise UserError(f"{root} has {told}: take one away, so that it is clear which is meant")
-    if not found:
-        raise UserError(f"{root} has no folder {', '.join(kinds)}")
-    return found[0]
-
-
-def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
-    return _find(root, part, meaning).pairs()
+# --- the files --------------------------------------------------------------------------------------------
 
 
 def _find(root: Path, part: str, meaning: _Meaning) -> Found:
-    maps, images, file = _only(root, MAPS, part), _only(root, IMAGES, part), root / f"{part}.txt"
-    stems = None
-    if not _places(root, IMAGES, part):
-        if not file.is_file():
-            raise UserError(f"{root} has neither images/{' or images/'.join(PARTS[part])} nor {file.name}")
-        stems = listed_stems(file)
-    elif not _places(root, MAPS, part):
-        raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
-    found, masks = by_stem(images), by_stem(maps, MAP_SUFFIXES, may_be_empty=True)
     rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
-    by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
-    best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))
+    place = layout.find(root, part, rules, is_divided=meaning.val_share > 0)
+    images, masks = by_stem(place.images), by_stem(place.masks, MAP_SUFFIXES, may_be_empty=True)
+    is_beside, stems = place.images == place.masks, place.stems(root)
+    by_rule = [named(masks, rule) for rule in rules if rule != "{stem}" or not is_beside]
+    best = max(by_rule, key=lambda masks: len(masks.keys() & images.keys()))  # the one that fits most
     taken = set(best.values())
-    others = [path for path in masks.values() if path not in taken]
-    return Found(root, part, meaning, found, best, others, stems, file, maps)
+    if is_beside:
+        images = {stem: path for stem, path in images.items() if path not in taken}
+    others = [] if is_beside else [path for path in masks.values() if path not in taken]
+    if place.is_whole:
+        stems = _side(part, meaning.val_share, images, place, stems or sorted(images.keys() | best.keys()))
+    return Found(root, part, meaning, images, best, others, stems, place)
+
+
+def _side(
+    part: str, share: float, images: dict[str, str], place: layout.Place, stems: list[str]
+) -> list[str]:
+    """Those of one part."""
+    names = {stem: os.path.relpath(images[stem], place.images) if stem in images else stem for stem in stems}
+    at = {stem: shares.place(name.replace(os.sep, "/")) for stem, name in names.items()}
+    val = shares.of_validation(at.values(), share)
+    return [stem for stem in stems if (at[stem] in val) == (part == "val")]
 
 
 # --- what their values mean -------------------------------------------------------------------------------
@@ -323,6 +312,9 @@ def _find(root: Path, part: str, meaning: _Meaning) -> Found:
 def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     file = root / LABELS
     said = build(MaskRule, [read_yaml(file)], str(file)) if os.path.lexists(file) else MaskRule()
+    if not (os.path.lexists(file) or os.path.lexists(root / CLASSES)) and (told := exports.told(root)):
+        file, said = told.file, _of_tool(told)
+    closed_by = str(file.relative_to(root))
     if twice := [v for v in rule.map if v in rule.void]:
         raise UserError(f"{twice[0]} stands in --map and in --void; take it out of one of them")
     pairs = {_value(v, "--void" if rule.void else file): NO_CLASS for v in rule.void or said.void}
@@ -331,7 +323,7 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     targets = list(dict.fromkeys(target for target in said.map.values() if target != NO_CLASS))
     by_name = bool(targets) and not all(target.isdecimal() for target in targets)
     _check_names(said.classes, file)
-    names, named_by = said.classes or (tuple(targets) if by_name else ()), LABELS
+    names, named_by = said.classes or (tuple(targets) if by_name else ()), closed_by
     if not names:
         names, named_by = _names(root / CLASSES), CLASSES
     elif said.map and (absent := [n for k, n in enumerate(names) if not {n, str(k)} & {*targets}]):
@@ -349,7 +341,15 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     labels = {place.get(v, v): label for v, label in labels.items()}
     void, named_by = tuple(place.get(v, v) for v in not_counted), named_by if names else NUMBERS
     mask_name = rule.mask_name or said.mask_name
-    return _Meaning(labels, void, bool(said.map or colors), names, named_by, mask_name, colors)
+    share, is_closed = rule.val_share or said.val_share, bool(said.map or colors)
+    return _Meaning(labels, void, is_closed, names, named_by, closed_by, mask_name, colors, share)
+
+
+def _of_tool(told: exports.Told) -> MaskRule:
+    """A tool's file as a rule; the void is not counted, nor is 255 where it is no class."""
+    classes = tuple(name for name in told.names.values() if name != NO_CLASS)
+    is_255 = bool(told.void) and str(VOID) not in (*told.names, *told.void)
+    return MaskRule(classes=classes, map=told.names, void=(*told.void, *[str(VOID)] * is_255))
 
 
 def _value(text: str, where: object) -> int:

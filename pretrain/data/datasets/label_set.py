@@ -36,6 +36,7 @@ class LabelSet:
         void: the raw values that one's own masks do not count, as text.
         colors: of maps whose colors are labels, :func:`~pretrain.data.datasets.maps.read_map`.
         hint: what to do about an unknown value.
+        val_share: by which a set of one part was divided; 0: it was not.
         on_read: is called after each item that was read, in its thread, with the number of all items.
     """
 
@@ -51,6 +52,7 @@ class LabelSet:
     void: str = ""
     colors: tuple[int, ...] = ()
     hint: str = ""
+    val_share: float = 0.0
     on_read: Callable[[int], object] = lambda n_items: None
 
     def __len__(self) -> int:

@@ -95,23 +95,29 @@ def paired(
     return [(images[stem], maps[stem]) for stem in wanted]
 
 
-def listed_stems(file: Path) -> list[str]:
+def listed_stems(file: Path, whole: bool = False) -> list[str]:
     """The images that a text file names, one a line: the base name of the first word, without suffix.
 
     Empty lines and lines that start with ``#`` are left out.
+
+    Args:
+        whole: a line is a name, with folders and spaces, perhaps in quotes, as CVAT writes it.
 
     Raises:
         UserError: the file cannot be read, names no image, or one twice.
     """
     try:
-        lines = [line.split() for line in read_lines(file, MAX_LIST_BYTES)]
+        lines = [
+            [line.strip('"')] * bool(line) if whole else line.split()
+            for line in read_lines(file, MAX_LIST_BYTES)
+        ]
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or error
         raise UserError(f"{file} is no readable list of images ({told})") from error
     stems = dict[str, int]()
     for number, words in enumerate(lines, 1):
         if words and not words[0].startswith("#"):
-            name = words[0].rpartition("/")[2]
+            name = words[0] if whole else words[0].rpartition("/")[2]
             stem, suffix = os.path.splitext(name)
             before = stems.setdefault(stem if suffix.lower() in IMAGE_SUFFIXES else name, number)
             if before != number:

@@ -48,7 +48,9 @@ def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
         packed, known = red << 16 | green << 8 | blue, np.array(colors, np.uint32)  # [H, W], [n]
         places = np.searchsorted(known, packed).clip(max=len(known) - 1)
         if (unknown := packed[known[places] != packed]).size:
-            raise UserError(f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name")
+            raise UserError(
+                f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name, nor labelmap.txt"
+            )
         return places
     if values.ndim != 2:
         told = f"it has {values.shape[-1]} channels; say in labels.yaml what its colors mean"
