@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from backbone_fixture import randomize
+from backbone_fixture import randomize, sharp
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from det_plugin.features import FeatureOptions, detection_features
@@ -21,19 +21,6 @@ from pretrain.build import build_backbone
 DINOV3 = dict(pos_encoding="rotary", n_registers=4, layerscale=1e-2, ln_eps=1e-5, qkv_bias="no_key")
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, patch_size=16)
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-
-
-def sharp(vit):
-    """Random, with attention that sees where patches are, and branches that count."""
-    randomize(vit)
-    for module in vit.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            torch.nn.init.normal_(module.weight, mean=1.0, std=0.1)
-    for block in vit.blocks:
-        torch.nn.init.normal_(block.attn.qkv.weight, std=2 * vit.embed_dim**-0.5)
-        for scale in (block.ls1, block.ls2):
-            torch.nn.init.normal_(scale.gamma, mean=0.5, std=0.1)
-    return vit.eval()
 
 
 def small(seed=0, **changes):

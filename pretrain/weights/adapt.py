@@ -156,7 +156,7 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     if encoding == "field":
         return checkpoint
     none = "has no absolute positions of which positions.encoding=field could make a field"
-    ensure(encoding != "none", f"weights: {path} {none}")
+    ensure(encoding == "standard", f"weights: {path} {none}")
     known = f"is none of {FIELD_INTERPOLATIONS} for a position field"
     ensure(
         interpolation in FIELD_INTERPOLATIONS, f"config: positions.interpolation={interpolation!r} {known}"
