@@ -2,21 +2,30 @@
 positions."""
 
 import pytest
+import timm
 import torch
 from public_fixture import NAME, antialiased, at_grid, by_scale, features, images, theirs, timm_vit
 
 from pretrain.build import build_backbone, build_for_fine_tuning
 from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint
+from pretrain.weights.container import Container
+from pretrain.weights.read import converted
 
 GRIDS = [(7, 7), (5, 9)]
 DEPTH = 2
+GATED = dict(
+    mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU, mlp_ratio=16 / 3
+)  # timm counts both halves
 
 
-def published(registers=0, seed=0):
+def published(registers=0, seed=0, **gated):
     """The flat file of dinov2_vit*14(_reg4)_pretrain.pth, and the same weights under timm's names."""
-    timm_state = timm_vit(registers=registers, init_values=1.0, seed=seed).state_dict()
+    timm_state = timm_vit(registers=registers, init_values=1.0, seed=seed, **gated).state_dict()
+    theirs = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."} if gated else {}
     state = {**timm_state, "mask_token": torch.randn(1, 192)}
+    for ours, name in theirs.items():
+        state = {key.replace(ours, name): value for key, value in state.items()}
     if registers:
         state["register_tokens"] = state.pop("reg_token")
         cls_position = torch.randn(1, 1, 192)  # DINOv2 adds it to [CLS]; timm's file has it inside
@@ -39,12 +48,14 @@ def training(state, chunks=1):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("gated", [{}, GATED])
 @pytest.mark.parametrize("registers, rule", [(0, by_scale), (4, antialiased)])
-def test_published(tmp_path, registers, rule, grid):
-    state, timm_state = published(registers)
+def test_published(tmp_path, registers, rule, gated, grid):
+    """ViT-g's MLPs are gated."""
+    state, timm_state = published(registers, **gated)
     path = tmp_path / f"dinov2_vits14{'_reg4' if registers else ''}_pretrain.pth"
     torch.save(state, path)
-    expected = theirs(at_grid(timm_state, grid, rule, init_values=1.0), images(grid))
+    expected = theirs(at_grid(timm_state, grid, rule, init_values=1.0, **gated), images(grid))
     torch.testing.assert_close(features(path, images(grid)), expected, atol=1e-5, rtol=1e-5)
     checkpoint = read_checkpoint(path)
     method = "DINOv2-reg" if registers else "DINOv2"
@@ -98,8 +109,8 @@ def shuffled(state):
 
 
 def gated(state):
-    state["blocks.0.mlp.w12.weight"] = torch.zeros(1024, 192)
-    state["blocks.0.mlp.w3.weight"] = torch.zeros(192, 512)
+    """ViT-g's MLP beside its own."""
+    state["blocks.1.mlp.w12.weight"] = torch.zeros(1024, 192)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +130,7 @@ def gated(state):
         (lambda s: s.update({"blocks.5.norm1.weight": torch.zeros(192)}), r"no tensor of blocks\.2"),
         (lambda s: s.update(cls_token=s["pos_embed"]), r"cls_token is \(1, 50, 192\)"),
         (shuffled, r"blocks\.0\.mlp\.fc1\.bias is \(768,\)"),
-        (gated, r"SwiGLU"),
+        (gated, r"left over blocks\.1\.mlp\.w12\.weight beside blocks\.1\.mlp\.fc1\.weight"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, edit, named):
@@ -153,3 +164,67 @@ def test_its_mask_token_is_for_pre_training(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     probed = build_backbone(NAME, weights=tmp_path / "a.pth", mask_tokens=True)
     assert torch.equal(probed.mask_token, state["mask_token"]) and "pos_mask_token" in probed.state_dict()
+
+
+def franca(form, state):
+    """Published with the prefixes of its training and heads, or a backbone alone."""
+    if form == "alone":
+        return {"teacher": {key.removeprefix("backbone."): v for key, v in training(state, 0).items()}}
+    rasa = {"backbone.rasa_head.pos_pred.weight": torch.randn(2, 192)}
+    heads = {
+        f"{head}.matryoshka_projections.0.weight": torch.randn(4, 192) for head in ("dino_head", "ibot_head")
+    }
+    return {"teacher": {f"module.{key}": v for key, v in {**training(state, 2), **rasa, **heads}.items()}}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "form, name, method",
+    [
+        ("training", "franca_vitb14_In21K.pth", "Franca"),
+        ("training", "a.pth", "Franca"),
+        ("alone", "franca_vitl14_Laion_518.pth", "Franca"),
+        ("alone", "a.pth", "Franca"),
+        ("alone", "franca_vitb14_Dinov2_In21K.pth", "DINOv2 (Franca's run)"),
+    ],
+)
+def test_franca(tmp_path, form, name, method, grid):
+    """It is DINOv2's network with gated MLPs."""
+    state, timm_state = published(**GATED)
+    torch.save(franca(form, state), tmp_path / name)
+    expected = theirs(at_grid(timm_state, grid, by_scale, init_values=1.0, **GATED), images(grid))
+    torch.testing.assert_close(features(tmp_path / name, images(grid)), expected, atol=1e-5, rtol=1e-5)
+    told = read_checkpoint(tmp_path / name).provenance
+    assert (told["source"], told["method"], told["subnet"]) == ("franca", method, "teacher")
+
+
+def test_dinov2s_own_training_with_gates_is_not_francas(tmp_path):
+    torch.save({"teacher": training(published(**GATED)[0], 2)}, tmp_path / "checkpoint.pth")
+    assert read_checkpoint(tmp_path / "checkpoint.pth").provenance["source"] == "dinov2"
+
+
+def test_a_head_of_franca_alone_is_no_backbone(tmp_path):
+    torch.save({"rasa_head.pos_pred.weight": torch.randn(2, 192)}, tmp_path / "franca_vitb14_In21K_rasa.pth")
+    with pytest.raises(UserError, match="read as franca: no tensor cls_token"):
+        read_checkpoint(tmp_path / "franca_vitb14_In21K_rasa.pth")
+
+
+@pytest.mark.parametrize(
+    "width, gated, name",
+    [(768, False, "base"), (768, True, "base"), (1024, False, "large"), (1536, True, "giant")],
+)
+def test_sizes(tmp_path, width, gated, name):
+    """Franca's ViT-B is gated, and no other public one."""
+    hidden = round(width * 8 / 3) if gated else 4 * width
+    blocks = {"attn.qkv.weight": (3 * width, width), "ls1.gamma": (width,)}
+    blocks |= (
+        {"mlp.w12.weight": (2 * hidden, width), "mlp.w3.weight": (width, hidden)}
+        if gated
+        else {"mlp.fc1.weight": (hidden, width), "mlp.fc2.weight": (width, hidden)}
+    )
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "norm.weight": (width,), "norm.bias": (width,)}
+    shapes |= {f"blocks.0.{key}": shape for key, shape in blocks.items()}
+    file = Container(tmp_path / "a.pth", {key: torch.randn(1).expand(shape) for key, shape in shapes.items()})
+    found = converted(file)
+    assert found.backbone == f"vit_{name}_patch16" and found.model_kwargs.get("swiglu", False) == gated

@@ -216,12 +216,19 @@ def test_pixels_that_are_not_scaled(tmp_path, told):
         read_checkpoint(folder)
 
 
-def test_gated_mlps_are_refused_with_and_without_a_config(tmp_path):
-    folder = saved(tiny("Dinov2Model", use_swiglu_ffn=True), tmp_path / "giant")
-    for _ in range(2):
-        with pytest.raises(UserError, match="SwiGLU"):
-            read_checkpoint(folder)
-        (folder / "config.json").unlink(missing_ok=True)
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
+def test_gated_mlps(tmp_path, name):
+    """As ViT-g's: on disk one layer with the gate first, in memory two."""
+    model = tiny(name, use_swiglu_ffn=True)
+    folder, x = saved(model, tmp_path / "giant"), images((3, 7), 14)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert "encoder.layer.0.mlp.gate_proj.weight" in model.state_dict()
+    for path in (folder, folder / "model.safetensors", tmp_path / "a.pth"):
+        torch.testing.assert_close(features(path, x), theirs(model, x), atol=1e-5, rtol=1e-5)
+    assert read_checkpoint(folder).model_kwargs["swiglu"]
+    edit_config(folder, use_swiglu_ffn=False)
+    with pytest.raises(UserError, match="has gated MLPs .SwiGLU., its config.json says use_swiglu_ffn False"):
+        read_checkpoint(folder)
 
 
 KEY = "encoder.layer.1.attention.attention.key.weight"

@@ -15,8 +15,7 @@ from pretrain.weights.sources import SOURCES, unsupported
 
 D = 8
 FROM_TIMM = {
-    "vit_small_patch16_dinov3": "DINOv3",
-    "vit_small_patch16_dinov3_qkvb": "DINOv3",
+    "vit_medium_patch16_rope_reg1_gap_256": "timm's ViT with rotary positions",
     "eva02_tiny_patch14_224": "EVA",
     "beit_base_patch16_224": "BEiT",
     "vit_base_patch16_clip_224": "CLIP",
@@ -35,22 +34,6 @@ ViT_KEYS = (
     "norm.weight",
 )
 NAMES = {  # of files of other libraries, as far as they are told apart
-    "DINOv3": [
-        (
-            *ViT_KEYS,
-            "storage_tokens",
-            "mask_token",
-            "rope_embed.periods",
-            "blocks.0.attn.qkv.bias_mask",
-            "blocks.0.ls1.gamma",
-        ),
-        (
-            "embeddings.cls_token",
-            "embeddings.patch_embeddings.weight",
-            "layer.0.attention.q_proj.weight",
-            "norm.weight",
-        ),
-    ],
     "BEiT": [
         ("blocks.0.attn.relative_position_bias_table", *ViT_KEYS, "blocks.0.gamma_1"),
         ("rel_pos_bias.relative_position_bias_table", *ViT_KEYS),
@@ -69,7 +52,13 @@ NAMES = {  # of files of other libraries, as far as they are told apart
     ],
     "Swin": [("layers.0.blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight")],
     "DeiT": [("deit.embeddings.distillation_token", "deit.embeddings.patch_embeddings.projection.weight")],
-    "ConvNeXt": [("stages.0.0.dwconv.weight", "downsample_layers.0.0.weight")],
+    "ConvNeXt": [
+        ("stages.0.0.dwconv.weight", "downsample_layers.0.0.weight"),
+        (
+            "stages.0.layers.0.depthwise_conv.weight",
+            "stages.1.downsample_layers.0.weight",
+        ),  # DINOv3's in transformers
+    ],
 }
 
 
@@ -106,19 +95,6 @@ def test_others(tmp_path, method, names, wrapper):
     assert re.fullmatch(refused_as(method), refusal(tmp_path / "model.pth"))
 
 
-def test_franca(tmp_path):
-    """On DINOv2's code: a teacher with gated MLPs, and heads of nested sizes."""
-    backbone = [
-        f"module.backbone.{name}"
-        for name in (*ViT_KEYS[:3], "blocks.0.0.mlp.w12.weight", "blocks.0.0.mlp.w3.weight")
-    ]
-    heads = [f"module.{head}.matryoshka_projections.0.weight" for head in ("dino_head", "ibot_head")]
-    name = "franca_vitb14_In21k.pth"
-    for names in (backbone, backbone + heads):
-        torch.save({"teacher": {key: torch.zeros(D) for key in names}}, tmp_path / name)
-        assert re.fullmatch(refused_as("Franca", name), refusal(tmp_path / name))
-
-
 def test_no_plain_vit_is_refused(tmp_path):
     plain = (
         "vit_tiny_patch16_224",
@@ -138,14 +114,13 @@ def test_the_table():
     assert not {refusal.name for refusal in unsupported.REFUSED} & set(source_names())
     assert all(isinstance(source.match.args[0].reason, str) for source in unsupported.SOURCES)
     assert {source.name for source in SOURCES} >= {
-        "dinov3",
-        "franca",
+        "convnext",
         "posfield",
         "timm",
     } and Match.MARKED == max(Match)
 
 
-@pytest.mark.parametrize("name", ["dinov3", "franca"])
+@pytest.mark.parametrize("name", ["convnext", "rope_vit"])
 def test_asked_for_by_name(tmp_path, name):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="none of ours"):

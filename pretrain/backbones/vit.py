@@ -216,7 +216,7 @@ class ViT(nn.Module):
         )
         how: dict[str, Any] = {key: own[key] for key in names} | dict(qkv_bias=qkv_bias, swiglu=swiglu)
         how["attention"] = choose_attention(attention, own["relative_positions"])
-        rates = torch.linspace(0, self.drop_path, own["depth"]).tolist()
+        rates = torch.linspace(0, self.drop_path, own["depth"], device="cpu").tolist()
         blocks = (Block(dim, heads, ratio, layerscale, rate, **how) for rate in rates)
         self.blocks = nn.ModuleList(blocks)
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -16,9 +16,7 @@ from pretrain.backbones.vit import SIZES
 from pretrain.weights.container import Container
 
 State = dict[str, Tensor]
-HEAD_DIM = 64  # of every public ViT of these sizes
 NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
-GATED = "its MLPs are gated (SwiGLU), as in DINOv2's giant (ViT-g): a network that is none of ours"
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,63 @@ def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
     return table.shape == positions.shape[1:] and torch.allclose(positions[0].double(), table, atol=1e-3)
 
 
+def heads_of(width: int) -> int:
+    """How many heads public ViTs of this width have: each 64 wide, in the 7B 128."""
+    return next((of["num_heads"] for of in SIZES.values() if of["embed_dim"] == width), width // 64)
+
+
+def fused(state: State, parts: Sequence[str], whole: str) -> State:
+    """With the layers ``PART.weight`` and ``bias`` of one place as one layer ``WHOLE``, its rows in the parts' order.
+
+    Raises:
+        Misfit: names a part that is missing, parts of several shapes, or the whole where it is there, too.
+    """
+    names = re.compile(rf"(.*\.)?(?:{'|'.join(parts)})\.(weight|bias)")
+    kept, places = dict(state), dict.fromkeys(m.groups() for key in state if (m := names.fullmatch(key)))
+    for place, kind in places:
+        keys = [f"{place or ''}{part}.{kind}" for part in parts]
+        if absent := [key for key in keys if key not in kept]:
+            raise Misfit(f"no tensor {absent[0]}")
+        found = [kept.pop(key) for key in keys]
+        if len({part.shape for part in found}) > 1 or not found[0].ndim:
+            raise Misfit(f"{', '.join(keys)} are of several shapes")
+        if (key := f"{place or ''}{whole}.{kind}") in kept:
+            raise Misfit(f"left over {key} beside {', '.join(keys)}")
+        kept[key] = torch.cat(found)
+    return kept
+
+
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> State:
+    """Under other names.
+
+    Raises:
+        Misfit: two tensors would have one name.
+    """
+    named = dict[str, str]()
+    for key in state:
+        if (ours := rename(key)) in named:
+            raise Misfit(f"left over {key} beside {named[ours]}")
+        named[ours] = key
+    return {ours: state[key] for ours, key in named.items()}
+
+
+def replacing(names: Mapping[str, str]) -> Callable[[str], str]:
+    """Renames keys by parts of them."""
+
+    def rename(key: str) -> str:
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        return key
+
+    return rename
+
+
+def require(state: Mapping[str, Tensor], needed: Sequence[str]) -> None:
+    """Raises Misfit that names those of ``needed`` that are missing."""
+    if absent := [key for key in needed if key not in state]:
+        raise Misfit(f"no tensor {', '.join(absent)}")
+
+
 def registry_name(width: int, n_registers: int = 0, swiglu: bool = False) -> str | None:
     """``vit_small_patch16``, ``..._reg4``: the registered name of this width and kind of MLP, if there is one."""
     wanted = width, swiglu
@@ -196,8 +251,7 @@ def take(
         there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
         raise Misfit(f"subnet {name} is not there; the file holds {there}")
     state = networks[name]
-    if absent := [key for key in needed if key not in state]:
-        raise Misfit(f"no tensor {', '.join(absent)}")
+    require(state, needed)
     if foreign := [key for key in state if key.startswith(lacking)]:
         raise Misfit(f"there is {named(foreign)}, which its networks have not")
     if interpolation == "dinov2" and starts_with_zero(state["pos_embed"]):
@@ -215,9 +269,10 @@ def plain_vit(
     """A checkpoint from a state dict under our names; the shapes tell most arguments of the ViT.
 
     Args:
-        state: ``patch_embed.proj.*``, ``blocks.*``; and if there are any ``norm.*``, ``ls1/2.gamma``,
-            ``cls_token`` [1, 1, D], ``reg_token`` [1, R, D], ``pos_embed`` [1, (1 +) G * G, D] with a row for
-            [CLS] exactly when there is a ``cls_token``.
+        state: ``patch_embed.proj.*``, ``blocks.*`` (gated MLPs as ours, the gate first); and if there are any
+            ``norm.*``, ``cls_norm.*``, ``local_cls_norm.*``, ``ls1/2.gamma``, ``cls_token`` [1, 1, D],
+            ``reg_token`` [1, R, D], ``pos_embed`` [1, (1 +) G * G, D] with a row for [CLS] exactly when there is
+            a ``cls_token``.
         method: for the provenance, if it is not that of the source.
         subnet: for the provenance, with the file's epoch counter; empty for a network without a name.
         model_kwargs: what shapes do not tell (``gelu``, ``ln_eps``, ``pos_interpolation``, ...), or what
@@ -244,16 +299,18 @@ def plain_vit(
         raise Misfit(f"no tensor of blocks.{absent[0]}, but there are {depth} blocks")
     shaped("blocks.0.attn.qkv.weight", 2)
     hidden = shaped("blocks.0.mlp.fc1.weight", 2)[0]
-    if shaped("blocks.0.mlp.fc2.weight", 2)[1] * 2 == hidden:
-        raise Misfit(GATED)
+    is_gated = shaped("blocks.0.mlp.fc2.weight", 2)[1] * 2 == hidden
     n_registers = shaped("reg_token", 3)[1] if "reg_token" in state else 0
-    found: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": width // HEAD_DIM}
-    found |= {"mlp_ratio": hidden / width, "patch_size": kernel[2], "n_registers": n_registers}
+    found: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads_of(width)}
+    ratio = hidden / width / (2 if is_gated else 1)
+    found |= {"mlp_ratio": ratio, "patch_size": kernel[2], "n_registers": n_registers}
+    told = {"swiglu": is_gated} | {key: f"{key}.weight" in state for key in ("cls_norm", "local_cls_norm")}
+    found |= {key: True for key, is_there in told.items() if is_there}
     found |= {"has_cls": has_cls, "final_norm": "norm.weight" in state}
     found["layerscale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
     found["pos_encoding"] = "standard" if "pos_embed" in state else "none"
     found["mask_tokens"] = "mask_token" in state and "pos_mask_token" in state
-    if "pos_embed" in state:
+    if "pos_embed" in state and model_kwargs.get("pos_encoding") != "rotary":
         n_positions = shaped("pos_embed", 3)[1]
         found["pos_grid"] = grid_side(n_positions - has_cls)
         if not found["pos_grid"]:
@@ -262,5 +319,7 @@ def plain_vit(
     provenance |= {"subnet": subnet} if subnet else {}
     if subnet is not None and type(file.tree.get("epoch")) is int:
         provenance["epoch"] = file.tree["epoch"]
-    name, counted = registry_name(width, n_registers), "depth" not in model_kwargs
+    # gated MLPs of a width whose own are not (Franca's ViT-B): its size by its width
+    name = registry_name(width, n_registers, is_gated) or registry_name(width, n_registers)
+    counted = "depth" not in model_kwargs
     return Checkpoint(file.path, state, found | model_kwargs, name, provenance, counted)

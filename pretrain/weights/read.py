@@ -22,13 +22,21 @@ from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, MAX_SIDE, UNSTORED, in_one_line
 from pretrain.weights.sources import SOURCES, unsupported
 
-TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # what tables and cards repeat
+TOLD = {
+    "method": str,
+    "effective_epochs": int | float,
+    "weights_hash": str,
+    "license": str,
+}  # what tables and cards repeat
 # of the flags in a file that are no sizes
 KINDS: dict[str, tuple[Any, str]] = dict.fromkeys(("layerscale", "drop_path"), (int | float, "no number"))
 KINDS |= dict.fromkeys(
-    ("has_cls", "final_norm", "mask_tokens", "relative_positions"), (bool, "neither true nor false")
+    ("has_cls", "final_norm", "mask_tokens", "relative_positions", "swiglu", "cls_norm", "local_cls_norm"),
+    (bool, "neither true nor false"),
 )
-KINDS |= dict.fromkeys(("pos_encoding", "pos_interpolation", "attention", "gelu"), (str, "no name"))
+KINDS |= dict.fromkeys(
+    ("pos_encoding", "pos_interpolation", "attention", "gelu", "qkv_bias"), (str, "no name")
+)
 # pre-training and position probes read them; dropped elsewhere
 TRAINING_ONLY = ("mask_token", "pos_mask_token")
 
@@ -229,7 +237,8 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     is_ratio = isinstance(ratio, int | float) and type(ratio) is not bool and 0 < ratio <= MAX_SIDE
     ensure(is_ratio, f"{place}: mlp_ratio of {ratio!r:.60} is no size of a network")
     ensure(isinstance(eps, float) and 0 < eps < 1, f"{place}: ln_eps of {eps!r:.60} is none of a norm")
-    n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
+    n_layers = 3 if own.get("swiglu") else 2  # of an MLP, each ratio * width^2
+    n_wanted = width * (sides["depth"] * (4 + n_layers * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
     builds = f"its flags build a network of {n_wanted:.2g}"
     ensure(n_wanted <= 2 * n_stored + UNSTORED, f"{place} holds {n_stored} numbers, {builds}")

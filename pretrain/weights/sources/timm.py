@@ -7,10 +7,15 @@ and the mean and standard deviation of pixels.
 
 A classifier is not part of the backbone. One that pools patches has ``fc_norm`` and leaves the backbone
 without a final norm. Then features are those before ``fc_norm``, as in timm's ``forward_features``.
+
+Gated MLPs are ``SwiGLUPacked`` (``vit_giant_patch14_dinov2``): one ``mlp.fc1``, the gate's rows first. DINOv3's networks
+(``vit_*_patch16_dinov3``, ``..._qkvb``) are of timm's EVA: ``gamma_1/2``, ``mlp.fc1_g`` (the gate) and ``fc1_x``, and
+``attn.q_bias``, ``v_bias`` or neither.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,15 +28,22 @@ from pretrain.weights.common import (
     Match,
     Misfit,
     Source,
+    State,
+    fused,
     grid_side,
+    is_named,
     only_network,
     plain_vit,
+    renamed,
+    require,
     without,
 )
 from pretrain.weights.container import Container
+from pretrain.weights.sources.dinov3 import LICENSE, ROTARY, SAT_PIXELS
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
+DINOV3 = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.gamma_1", "blocks.0.gamma_2")
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 DEPARTURES = {
     r"norm_pre\.": "a norm before the first block",
@@ -42,12 +54,16 @@ DEPARTURES = {
     r"blocks\.\d+\.(attns|ffns)\.": "parallel branches in its blocks",
     r"blocks\.\d+\.attn\.rel_pos|rope": "relative positions",
 }
+# arguments of DINOv3's networks that change nothing of their features
+OF_ANY_SIZE = {"img_size", "dynamic_img_size", "global_pool", "num_classes", "drop_path_rate", "drop_rate"}
 # networks whose departures no tensor shows
 OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")
 
 
 def match(file: Container) -> Match:
-    """By the hub's description; without it, by the names alone, which many sources share."""
+    """By the hub's description; without it, by the names alone, which for DINOv3 nobody shares, else many sources."""
+    if _is_dinov3(file.flat):
+        return Match.MARKED
     if not all(key in file.flat for key in NEEDED):
         return Match.NONE
     if _described(file):
@@ -63,6 +79,8 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     for pattern, what in DEPARTURES.items():
         if any(re.match(pattern, key) for key in state):
             raise Misfit(f"it has {what}: a network that is none of ours")
+    if described and _is_dinov3(state) != ("_dinov3" in architecture):
+        raise UserError(f"weights: {file.path} is no {architecture} by its tensors: take both from one model")
     if described and OTHER_NAMES.search(architecture):
         raise UserError(f"weights: {file.path} is timm's {architecture}, a network that is none of ours")
     state = without(state, "head.", "pre_logits.", *(["fc_norm."] if "norm.weight" not in state else []))
@@ -70,15 +88,47 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     _move_positions(state, arguments)
     tag = pretrained.get("tag") if described else None
     method = f"{architecture}.{tag}" if tag else architecture or file.path.stem
-    unseen = {key: arguments[key] for key in ("num_heads",) if key in arguments}
-    unseen |= {
-        "gelu": GELUS[str(arguments.get("act_layer", "gelu"))],
-        "pos_interpolation": "bicubic_antialias",
-    }
-    checkpoint = plain_vit(file, state, method=method, **unseen)
-    if described and "mean" in pretrained and "std" in pretrained:
-        return with_imagenet_pixels(checkpoint, pretrained["mean"], pretrained["std"])
-    return checkpoint
+    pixels = (
+        (pretrained["mean"], pretrained["std"])
+        if described and {"mean", "std"} <= pretrained.keys()
+        else None
+    )
+    if _is_dinov3(state):
+        checkpoint = _dinov3(file, state, method, arguments)
+        if tag in (None, "lvd1689m", "sat493m"):  # others trained some of timm's, as EUPE
+            checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "license": LICENSE})
+        pixels = SAT_PIXELS if pixels is None and is_named(file, "sat493m") else pixels
+    else:
+        unseen = {key: arguments[key] for key in ("num_heads",) if key in arguments}
+        unseen["gelu"] = GELUS[str(arguments.get("act_layer", "gelu"))]
+        checkpoint = plain_vit(file, state, method=method, pos_interpolation="bicubic_antialias", **unseen)
+    return checkpoint if pixels is None else with_imagenet_pixels(checkpoint, *pixels)
+
+
+def _is_dinov3(state: State) -> bool:
+    """Whether a network has DINOv3's names in timm."""
+    return all(key in state for key in DINOV3) and "pos_embed" not in state
+
+
+def _dinov3(file: Container, state: State, method: str, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Its names as ours; keys have no bias where queries and values have one."""
+    if unknown := arguments.keys() - OF_ANY_SIZE:
+        raise Misfit(
+            f"model_args in config.json are of no network of ours: {', '.join(sorted(unknown))[:100]}"
+        )
+    require(state, ("norm.weight", "norm.bias"))
+    state = renamed(state, lambda key: re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key))
+    biased = {key.removesuffix("q_bias") for key in state if key.endswith(".attn.q_bias")}
+    for block in biased:
+        queries = state.pop(f"{block}q_bias")
+        values = state.pop(f"{block}v_bias", None)
+        if values is None or values.shape != queries.shape:
+            raise Misfit(f"no tensor {block}v_bias of the shape of q_bias")
+        if f"{block}qkv.bias" in state:
+            raise Misfit(f"left over {block}qkv.bias beside q_bias")
+        state[f"{block}qkv.bias"] = torch.cat([queries, torch.zeros_like(queries), values])
+    of_network = ROTARY | {"qkv_bias": "no_key" if biased else "none"}
+    return plain_vit(file, fused(state, ("fc1_g", "fc1_x"), "fc1"), method=method, **of_network)
 
 
 def _described(file: Container) -> bool:

@@ -32,14 +32,9 @@ class Refusal(NamedTuple):
 
 NO_POSITIONS = "!^(.*\\.)?(pos_embed|position_embeddings)$"
 REFUSED = (
-    Refusal("dinov3", "DINOv3", (
-        (r"rope_embed\.periods$",), (r"(^|\.)storage_tokens$",),
-        (r"embeddings\.patch_embeddings\.weight$", r"(^|\.)layer\.0\.attention\.q_proj\.weight$"),
-        (r"^reg_token$", r"^blocks\.0\.gamma_1$", NO_POSITIONS),
-    ), ROPE + " and no table of positions"),
-    Refusal("franca", "Franca", (
-        (r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",),
-    ), "gated MLPs (SwiGLU)"),
+    Refusal("rope_vit", "timm's ViT with rotary positions", (
+        (r"^reg_token$", r"^blocks\.0\.gamma_1$", NO_POSITIONS, "!^cls_token$"),
+    ), "other rotary positions than DINOv3's"),
     Refusal("swin", "Swin", (
         (r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),
     ), WINDOWS + " in a pyramid"),
@@ -49,7 +44,7 @@ REFUSED = (
     ), RELATIVE),
     Refusal("eva", "EVA or EVA-02", (
         (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", "!^reg_token$"),
-        (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$",), (r"(^|\.)rope\.freqs",),
+        (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$", "!^reg_token$"), (r"(^|\.)rope\.freqs",),
     ), ROPE + ", or gated MLPs"),
     Refusal("clip", "CLIP or SigLIP", (
         (r"(^|\.)visual\.(transformer\.resblocks\.0|trunk\.blocks\.0|layer1\.0)\.",),
@@ -61,7 +56,8 @@ REFUSED = (
         (r"(^|\.)(dist_token|embeddings\.distillation_token)$",),
     ), "a second [CLS] token"),
     Refusal("convnext", "ConvNeXt", (
-        (r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",), (r"encoder\.stages\.0\.layers\.0\.dwconv\.",),
+        (r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",),
+        (r"(^|\.)stages\.0\.layers\.0\.(dwconv|depthwise_conv)\.",),
     ), "convolutions and no patches"),
     Refusal("resnet", "ResNet", (
         (r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."),
