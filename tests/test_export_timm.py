@@ -20,7 +20,7 @@ ROTARY = dict(pos_encoding="rotary", n_registers=4, layerscale=0.3, ln_eps=1e-5,
 CASES = {
     "rotary": (ROTARY, (32, 64)),
     "rotary, gated, no bias, no LayerScale": (
-        {**ROTARY, "swiglu": True, "qkv_bias": "none", "layerscale": None, "n_registers": 0},
+        {**ROTARY, "swiglu": True, "qkv_bias": "none", "layerscale": None},
         (48, 32),
     ),
     "gated": (dict(layerscale=0.3, pos_grid=2, swiglu=True, mlp_ratio=8 / 3), (32, 32)),

@@ -56,6 +56,17 @@ DEPARTURES = {
 }
 # arguments of DINOv3's networks that change nothing of their features
 OF_ANY_SIZE = {"img_size", "dynamic_img_size", "global_pool", "num_classes", "drop_path_rate", "drop_rate"}
+# and those that tensors show, as our export writes them
+SHOWN = {
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "mlp_ratio",
+    "init_values",
+    "num_reg_tokens",
+    "qkv_bias",
+    "swiglu_align_to",
+}
 # networks whose departures no tensor shows
 OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")
 
@@ -112,7 +123,7 @@ def _is_dinov3(state: State) -> bool:
 
 def _dinov3(file: Container, state: State, method: str, arguments: Mapping[str, Any]) -> Checkpoint:
     """Its names as ours; keys have no bias where queries and values have one."""
-    if unknown := arguments.keys() - OF_ANY_SIZE:
+    if unknown := arguments.keys() - OF_ANY_SIZE - SHOWN - {"num_heads"}:
         raise Misfit(
             f"model_args in config.json are of no network of ours: {', '.join(sorted(unknown))[:100]}"
         )
@@ -127,7 +138,8 @@ def _dinov3(file: Container, state: State, method: str, arguments: Mapping[str, 
         if f"{block}qkv.bias" in state:
             raise Misfit(f"left over {block}qkv.bias beside q_bias")
         state[f"{block}qkv.bias"] = torch.cat([queries, torch.zeros_like(queries), values])
-    of_network = ROTARY | {"qkv_bias": "no_key" if biased else "none"}
+    of_network: dict[str, Any] = ROTARY | {"qkv_bias": "no_key" if biased else "none"}
+    of_network |= {"num_heads": arguments["num_heads"]} if "num_heads" in arguments else {}
     return plain_vit(file, fused(state, ("fc1_g", "fc1_x"), "fc1"), method=method, **of_network)
 
 
@@ -142,7 +154,7 @@ def _arguments(file: Container) -> Mapping[str, Any]:
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
         raise Misfit(f"model_args in config.json are of no network of ours: {str(arguments)[:100]}")
     sides = arguments.get("img_size", 0)
-    if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
+    if not _is_dinov3(file.flat) and isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
         raise Misfit(f"positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
     return arguments
 
