@@ -267,7 +267,7 @@ def test_colors_that_labels_yaml_names(root):
     (root / "labels.yaml").write_text(f"map: {{{colors}}}\n")
     own = found(check(root))["val", "masks with values that are no class"]
     assert (
-        own[0] == "1000.png (holds the color #0000c8, which labels.yaml does not name, nor labelmap.txt)"
+        own[0] == "1000.png (holds the color #0000c8, which labels.yaml does not name, nor a tool's own file)"
         and len(own) == 4
     )
     assert check(root).refused and ends_training(root)

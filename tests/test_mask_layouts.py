@@ -89,6 +89,7 @@ PLACES = {
     "around": ("train/images", "train/masks", "valid/images", "valid/masks"),
     "CVAT's words": ("Images/Train", "Masks/Train", "Images/Validation", "Masks/Validation"),
     "images alone": ("train", "train_labels", "val", "val_labels"),
+    "joined": ("train", "trainannot", "val", "valannot"),
     "twice": ("train2017/train_images", "train2017/mask-train", "val_1/img", "val_1/masks"),
 }
 
@@ -209,7 +210,7 @@ def test_cvats_export(tmp_path, lists, gray):
         (LABELMAP + "dog\n", r"labelmap.txt: line 6 is no name:r,g,b::; write labels.yaml, which goes before it"),
         (LABELMAP + "dog:0,0,0::\n", r"labelmap.txt: line 6 gives a second class the color 0,0,0"),
         (LABELMAP.replace("61,245,61", "61,245"), r"labelmap.txt: '61,245' is no value from 0 .*, and no color"),
-        (LABELMAP.replace("cat:140", "cat:141"), r"holds the color #8c78f0, which labels.yaml does not name, nor labelmap"),
+        (LABELMAP.replace("cat:140", "cat:141"), r"holds the color #8c78f0, which labels.yaml does not name, nor a tool's"),
     ],
 )  # fmt: skip
 def test_label_maps_that_are_refused(tmp_path, text, message):
@@ -258,6 +259,24 @@ def test_ultralytics_names(tmp_path, names):
     train, _ = open_label_sets(root)
     assert train.classes == NAMES and train.named_by == "data.yaml"
     check(train)
+
+
+def test_colors_by_name_and_a_void_among_them(tmp_path):
+    root = moved(tmp_path / "set", *PLACES["images alone"])
+    for path in root.glob("*_labels/*.png"):
+        labels = np.minimum(np.array(Image.open(path)), 4)
+        Image.fromarray(np.vstack([COLORS, COLORS[:1] + 7])[labels]).save(path.with_stem(f"{path.stem}_L"))
+        path.unlink()
+    (root / "train.txt").write_text("/where/it/was/train/0.jpg\n")
+    text = "name, r, g, b\nbackground, 0, 0, 0\nant, 61, 245, 61\nbee, 250, 50, 83\ncat, 140, 120, 240\n"
+    (root / "class_dict.csv").write_text(text + "Void,7,7,7\n")
+    train, val = open_label_sets(root)
+    assert train.classes == NAMES and val.void == "#070707" and val.named_by == "class_dict.csv"
+    check(train)
+    check(val)
+    (root / "class_dict.csv").write_text(text + "dog,0,0,0\n")
+    with pytest.raises(UserError, match="class_dict.csv: two classes have one color; write labels.yaml"):
+        open_label_sets(root)
 
 
 # --- one part ---------------------------------------------------------------------------------------------

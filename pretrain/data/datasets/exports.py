@@ -3,6 +3,7 @@
 * CVAT and Datumaro: ``labelmap.txt``, lines of ``name:r,g,b:parts:actions``; of masks of one channel line k, from 0,
   names value k (https://docs.cvat.ai/docs/dataset_management/formats/format-smask).
 * Roboflow: ``_classes.csv``, in the folder or in each split's, rows of ``Pixel Value, Class``.
+* CamVid and others: ``class_dict.csv``, rows of ``name,r,g,b``.
 * LightlyTrain: ``config.yaml`` with ``train`` and ``val``, each with ``images`` and ``masks``, and with
   ``classes``, ``{value: name}``, and ``ignore_classes``, which do not count
   (https://docs.lightly.ai/train/0.10.0/semantic_segmentation.html).
@@ -30,7 +31,7 @@ from pretrain.errors import UserError
 from pretrain.files import read_lines
 from pretrain.settings import read_yaml
 
-CSV, LIGHTLY, ULTRALYTICS = "_classes.csv", "config.yaml", "data.yaml"
+CSV, COLORS, LIGHTLY, ULTRALYTICS = "_classes.csv", "class_dict.csv", "config.yaml", "data.yaml"
 WAY_ON = "write labels.yaml, which goes before it"
 
 
@@ -55,7 +56,7 @@ def told(root: Path) -> Told | None:
     Raises:
         UserError: a file that cannot be read, or does not say what it should; two that differ.
     """
-    found = [each for of in (_labelmap, _of_csv, _lightly, _ultralytics) if (each := of(root))]
+    found = [each for of in (_labelmap, _of_csv, _class_dict, _lightly, _ultralytics) if (each := of(root))]
     if len(found) > 1:
         names = " and ".join(each.file.name for each in found)
         raise UserError(f"{root} has {names}, which both say what masks mean: take one away, or {WAY_ON}")
@@ -99,8 +100,7 @@ def _of_csv(root: Path) -> Told | None:
 
 
 def _classes(file: Path) -> Told | None:
-    lines = [line for _, line in _lines(file)]
-    head, *rows = [[cell.strip() for cell in row] for row in csv.reader(lines, skipinitialspace=True)] or [[]]
+    head, *rows = _rows(file) or [[]]
     if [cell.lower() for cell in head] != ["pixel value", "class"]:
         return None  # of a classification
     names = dict[str, str]()
@@ -109,6 +109,22 @@ def _classes(file: Path) -> Told | None:
             raise UserError(f"{file}: row {number} is no value of its own, and a class; {WAY_ON}")
         names |= dict([row]) if row else {}
     return Told(file, names)
+
+
+def _class_dict(root: Path) -> Told | None:
+    file = root / COLORS
+    head, *rows = (_rows(file) if file.is_file() else []) or [[]]
+    if head != ["name", "r", "g", "b"]:
+        return None
+    names = {",".join(row[1:]): row[0] for row in rows if row}
+    if len(names) < sum(map(bool, rows)):
+        raise UserError(f"{file}: two classes have one color; {WAY_ON}")
+    return Told(file, names)
+
+
+def _rows(file: Path) -> list[list[str]]:
+    lines = [line for _, line in _lines(file)]
+    return [[cell.strip() for cell in row] for row in csv.reader(lines, skipinitialspace=True)]
 
 
 def _lightly(root: Path) -> Told | None:

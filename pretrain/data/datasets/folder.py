@@ -347,9 +347,10 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
 
 def _of_tool(told: exports.Told) -> MaskRule:
     """A tool's file as a rule; the void is not counted, nor is 255 where it is no class."""
-    classes = tuple(name for name in told.names.values() if name != NO_CLASS)
+    targets = {v: NO_CLASS if name.lower() == NO_CLASS else name for v, name in told.names.items()}
+    classes = tuple(name for name in targets.values() if name != NO_CLASS)
     is_255 = bool(told.void) and str(VOID) not in (*told.names, *told.void)
-    return MaskRule(classes=classes, map=told.names, void=(*told.void, *[str(VOID)] * is_255))
+    return MaskRule(classes=classes, map=targets, void=(*told.void, *[str(VOID)] * is_255))
 
 
 def _value(text: str, where: object) -> int:

@@ -2,9 +2,10 @@
 
 First of all, folders called exactly as :data:`IMAGES`, :data:`MASKS` and :data:`PARTS`; then the lists ``train.txt``
 and ``val.txt``; then the first or last word of other names, whatever their case and with digits behind:
-``train2017``, ``images_prepped_train``, ``train_masks``, at most one folder deep. ``train/`` alone holds the images of
-``train_masks/``, or both, with masks called ``NAME_mask.png`` (Roboflow). CVAT and Datumaro put lists of ``JPEGImages``
-and ``SegmentationClass`` into ``ImageSets/Segmentation``, and a ``labelmap.txt`` beside, which VOC has not.
+``train2017``, ``images_prepped_train``, ``train_masks`` or ``trainannot``, at most one folder deep. ``train/`` alone
+holds the images of ``train_masks/``, or both, with masks called ``NAME_mask.png`` (Roboflow). CVAT and Datumaro put
+lists of ``JPEGImages`` and ``SegmentationClass`` into ``ImageSets/Segmentation``, and a ``labelmap.txt`` beside, which
+VOC has not.
 """
 
 import os
@@ -29,8 +30,9 @@ ONE_SPLIT = "give --val-share 0.2 to keep a fifth of its images for validation"
 _LISTS = "ImageSets/Segmentation"  # of CVAT
 _WORDS = {
     IMAGES: {*map(str.lower, IMAGES), "image", "imgs"},
-    MASKS: {*map(str.lower, MASKS), "mask", "annotation", "label"},
+    MASKS: {*map(str.lower, MASKS), "mask", "annotation", "annot", "label"},
 }
+_JOINED = re.compile("(train|val|test)(images?|masks?|annot|labels?)")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _one(root: Path, kinds: tuple[str, ...], found: Sequence[Path]) -> Path:
 
 def _list(root: Path, part: str) -> Path | None:
     """``train.txt``; of CVAT, ``Train.txt`` or ``training.txt``, too, and ``Test.txt`` where no other is."""
-    if (file := root / f"{part}.txt").is_file():
+    if (file := root / f"{part}.txt").is_file() and _flat(root, IMAGES):
         return file
     lists = sorted((root / _LISTS).glob("*.txt")) if is_cvat(root) else []
     found = {name: at for at in lists for name in PARTS[part] if at.stem.lower() == name}
@@ -227,8 +229,9 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
 
 def _split(path: Path) -> list[str]:
     """Words of the names of folders, without digits behind: ``images/val2017`` is images, val."""
-    words = (re.split(r"[\W_]+", name.lower()) for name in path.parts)
-    return [word.rstrip("0123456789") for of_name in words for word in of_name]
+    words = [word for name in path.parts for word in re.split(r"[\W_]+", name.lower())]
+    joined = ((_JOINED.fullmatch(word), word.rstrip("0123456789")) for word in words)
+    return [part for match, word in joined for part in (match.groups() if match else [word])]
 
 
 def _said(path: Path) -> tuple[tuple[str, ...] | None, str | None]:

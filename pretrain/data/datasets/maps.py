@@ -49,7 +49,7 @@ def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
         places = np.searchsorted(known, packed).clip(max=len(known) - 1)
         if (unknown := packed[known[places] != packed]).size:
             raise UserError(
-                f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name, nor labelmap.txt"
+                f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name, nor a tool's own file"
             )
         return places
     if values.ndim != 2:
