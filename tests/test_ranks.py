@@ -41,8 +41,8 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"]],
-    ids=["centering", "sinkhorn in parts"],
+    [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"], ["positions.encoding=rotary"]],
+    ids=["centering", "sinkhorn in parts", "rotary"],
 )
 def test_two_gloo_ranks_equal_one_at_double_batch(tmp_path, photos, extra):
     """float64, drop path 0, exact mode: losses, parameters, moments and centers after 5 steps."""
