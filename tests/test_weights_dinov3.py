@@ -8,6 +8,7 @@ import timm
 import torch
 from backbone_fixture import sharp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import format_utils
 from transformers import DINOv3ViTBackbone, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging
 
@@ -205,7 +206,7 @@ def test_its_license_goes_on(tmp_path):
     assert license_of({"started_from": {"license": 3}}) is None
 
 
-@pytest.mark.parametrize("form", ["evaluation", "keys", "without registers"])
+@pytest.mark.parametrize("form", ["evaluation", "distributed", "without registers"])
 def test_training(tmp_path, form):
     """``teacher_checkpoint.pth`` of its evaluations, and a distributed checkpoint as one file."""
     bare = {"num_register_tokens": 0} if form == "without registers" else {}
@@ -215,12 +216,21 @@ def test_training(tmp_path, form):
         name: {f"backbone.{key}": v for key, v in published(m).items() if v.numel()} | heads
         for name, m in models.items()
     }
-    tree = {"teacher": networks["teacher"]}
-    if form == "keys":
+    path = saved(tmp_path, {"teacher": networks["teacher"]}, "teacher_checkpoint.pth")
+    if form == "distributed":
         flat = {f"{name}.{key}": value for name, state in networks.items() for key, value in state.items()}
-        tree = {"iteration": 9, "model": {**flat, "dino_loss.center": torch.zeros(1)}}
-    path = saved(tmp_path, tree, "teacher_checkpoint.pth")
-    for name in ("teacher", "student") if form == "keys" else ("teacher",):
+        tree = {
+            "iteration": 9,
+            "model": {**flat, "dino_loss.center": torch.zeros(1)},
+            "optimizer": {"lr": 1.0},
+        }
+        torch.distributed.checkpoint.save(tree, checkpoint_id=tmp_path / "99", no_dist=True)
+        with pytest.raises(
+            UserError, match="a distributed checkpoint of torch's; make one file of it: python -m"
+        ):
+            read_checkpoint(tmp_path / "99")
+        format_utils.dcp_to_torch_save(tmp_path / "99", path)
+    for name in ("teacher", "student") if form == "distributed" else ("teacher",):
         equal(features(path, image(), subnet=name), theirs(models[name], image()))
         told = read_checkpoint(path, subnet=name).provenance
         assert (told["method"], told["subnet"]) == ("DINOv3", name)

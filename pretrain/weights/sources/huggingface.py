@@ -103,7 +103,9 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     if "mask_token" in state and state["mask_token"].ndim > 1:
         state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT and DINOv3
     stated: dict[str, Any] = {"pos_interpolation": "bicubic_antialias" if "reg_token" in state else "bicubic"}
-    stated |= (ROTARY | biases if is_rotary else {}) | {"gelu": GELUS.get(config.get("hidden_act", ""), "erf")}
+    stated |= (ROTARY | biases if is_rotary else {}) | {
+        "gelu": GELUS.get(config.get("hidden_act", ""), "erf")
+    }
     stated["ln_eps"] = config.get("layer_norm_eps", EPS.get(model_type, 1e-12))
     for key, theirs in {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}.items():
         stated |= {key: config[theirs]} if theirs in config else {}
