@@ -32,7 +32,7 @@ from pretrain.schedules import effective_epochs
 from pretrain.settings import as_dict, compared, fields, flat, keys_where
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
-from pretrain.weights import read_checkpoint, save_backbone
+from pretrain.weights import license_of, read_checkpoint, save_backbone
 
 # settings that earlier runs did not have
 ADDED = tuple(
@@ -497,9 +497,10 @@ class Run:
 
 
 def metadata(weights: str) -> dict[str, Any]:
-    """Of what a run starts from: the file's name, hash, and method and effective epochs if it says them."""
+    """Of what a run starts from: the file's name, hash, and method, effective epochs and licence if it says them."""
     said = read_checkpoint(weights).provenance
-    known = {key: said[key] for key in ("method", "effective_epochs") if said.get(key) is not None}
+    said = {**said, "license": license_of(said)}
+    known = {k: said[k] for k in ("method", "effective_epochs", "license") if said.get(k) is not None}
     return {"file": Path(weights).name, "hash": file_hash(weights), **known}
 
 

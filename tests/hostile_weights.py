@@ -288,6 +288,10 @@ def ours():
         "eps": dict(ln_eps=-1.0),
         "eps_text": dict(ln_eps="small"),
         "two_lines": dict(drop_path="a"),
+        "gated": dict(swiglu="yes"),
+        "bias": dict(qkv_bias=3),
+        "no_bias": dict(qkv_bias="none"),
+        "rotary": dict(pos_encoding="rotary", pos_grid=0, pos_interpolation="none"),
         "unknown": dict(surprise=1),
     }.items():
         yield f"ours_{name}.safetensors", our_metadata(**changes), REFUSED

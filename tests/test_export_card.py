@@ -279,8 +279,20 @@ def test_a_post_trained_backbone_says_what_it_started_from(start, shown):
     assert (f"| Started from | {shown} |" in card) if shown else ("Started from" not in card)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [{"license": "DINOv3 License"}, {"started_from": {"method": "DINOv3", "license": "DINOv3 License"}}],
+)
+def test_the_license_of_the_weights(told):
+    """Their own, or of those that they were trained on from."""
+    card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors", provenance=told)
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["license"], head["license_name"]) == ("other", "dinov3-license")
+    assert "weights under the DINOv3 License: read it" in card and "Not stated here" not in card
+
+
 def test_text_from_files_is_escaped():
-    told = {"method": "a | b\n# c <script>"}
+    told = {"method": "a | b\n# c <script>", "license": "x: y\n# c <script>"}
     card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors", provenance=told)
     assert "<script>" not in card and "\n# c" not in card and "a \\| b" in card
 

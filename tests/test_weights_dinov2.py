@@ -211,10 +211,16 @@ def test_a_head_of_franca_alone_is_no_backbone(tmp_path):
 
 @pytest.mark.parametrize(
     "width, gated, name",
-    [(768, False, "base"), (768, True, "base"), (1024, False, "large"), (1536, True, "giant")],
+    [
+        (768, False, "base"),
+        (768, True, "base"),
+        (1024, False, "large"),
+        (1536, True, "giant"),
+        (1280, False, None),
+    ],
 )
 def test_sizes(tmp_path, width, gated, name):
-    """Franca's ViT-B is gated, and no other public one."""
+    """Franca's ViT-B is gated, and no other public one; MAE's ViT-H is not, as the registered one is."""
     hidden = round(width * 8 / 3) if gated else 4 * width
     blocks = {"attn.qkv.weight": (3 * width, width), "ls1.gamma": (width,)}
     blocks |= (
@@ -227,4 +233,7 @@ def test_sizes(tmp_path, width, gated, name):
     shapes |= {f"blocks.0.{key}": shape for key, shape in blocks.items()}
     file = Container(tmp_path / "a.pth", {key: torch.randn(1).expand(shape) for key, shape in shapes.items()})
     found = converted(file)
-    assert found.backbone == f"vit_{name}_patch16" and found.model_kwargs.get("swiglu", False) == gated
+    assert (
+        found.backbone == (name and f"vit_{name}_patch16")
+        and found.model_kwargs.get("swiglu", False) == gated
+    )

@@ -8,6 +8,7 @@ import timm
 import torch
 from backbone_fixture import sharp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import format_utils
 from transformers import DINOv3ViTBackbone, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging
 
@@ -15,12 +16,14 @@ from pretrain.backbones.vit import SIZES
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
+from pretrain.train import metadata
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights import check_fit, origin_of, read_checkpoint, save_backbone
+from pretrain.weights import check_fit, license_of, origin_of, read_checkpoint, save_backbone
 from pretrain.weights.container import Container
 from pretrain.weights.read import _check_flags, converted
 
 LVD, SAT = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
+NAME = "vit_small_plus_patch16_reg4"
 SAT_PIXELS = ([0.430, 0.411, 0.296], [0.213, 0.156, 0.143])
 SMALL = dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, num_register_tokens=4)
 GATED = dict(use_gated_mlp=True, hidden_act="silu", intermediate_size=1536)
@@ -183,16 +186,27 @@ def test_its_mask_token_is_for_pre_training(tmp_path):
 
 def test_ours_of_it(tmp_path):
     vit = build_backbone(saved(tmp_path, published(model_of(**GATED)))).eval()
-    name = "vit_small_plus_patch16_reg4"
     path = save_backbone(
-        tmp_path / "ours.safetensors", vit.state_dict(), name=name, model_kwargs=vit.model_kwargs
+        tmp_path / "ours.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
     )
     again = build_backbone(path).eval()
     assert again.model_kwargs == vit.model_kwargs
     assert torch.equal(again(image()).patches, vit(image()).patches)
 
 
-@pytest.mark.parametrize("form", ["evaluation", "keys", "without registers"])
+def test_its_license_goes_on(tmp_path):
+    path, own = saved(tmp_path, published(model_of(**GATED))), {"license": "DINOv3 License"}
+    start = metadata(str(path))
+    assert (start["method"], start["license"]) == ("DINOv3", "DINOv3 License")
+    vit = build_backbone(path)
+    trained = tmp_path / "trained.safetensors"
+    told = {"method": "intertwined", "started_from": start}
+    save_backbone(trained, vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs, provenance=told)
+    assert metadata(str(trained))["license"] == license_of(own) == "DINOv3 License"
+    assert license_of({"started_from": {"license": 3}}) is None
+
+
+@pytest.mark.parametrize("form", ["evaluation", "distributed", "without registers"])
 def test_training(tmp_path, form):
     """``teacher_checkpoint.pth`` of its evaluations, and a distributed checkpoint as one file."""
     bare = {"num_register_tokens": 0} if form == "without registers" else {}
@@ -202,12 +216,21 @@ def test_training(tmp_path, form):
         name: {f"backbone.{key}": v for key, v in published(m).items() if v.numel()} | heads
         for name, m in models.items()
     }
-    tree = {"teacher": networks["teacher"]}
-    if form == "keys":
+    path = saved(tmp_path, {"teacher": networks["teacher"]}, "teacher_checkpoint.pth")
+    if form == "distributed":
         flat = {f"{name}.{key}": value for name, state in networks.items() for key, value in state.items()}
-        tree = {"iteration": 9, "model": {**flat, "dino_loss.center": torch.zeros(1)}}
-    path = saved(tmp_path, tree, "teacher_checkpoint.pth")
-    for name in ("teacher", "student") if form == "keys" else ("teacher",):
+        tree = {
+            "iteration": 9,
+            "model": {**flat, "dino_loss.center": torch.zeros(1)},
+            "optimizer": {"lr": 1.0},
+        }
+        torch.distributed.checkpoint.save(tree, checkpoint_id=tmp_path / "99", no_dist=True)
+        with pytest.raises(
+            UserError, match="a distributed checkpoint of torch's; make one file of it: python -m"
+        ):
+            read_checkpoint(tmp_path / "99")
+        format_utils.dcp_to_torch_save(tmp_path / "99", path)
+    for name in ("teacher", "student") if form == "distributed" else ("teacher",):
         equal(features(path, image(), subnet=name), theirs(models[name], image()))
         told = read_checkpoint(path, subnet=name).provenance
         assert (told["method"], told["subnet"]) == ("DINOv3", name)
@@ -356,7 +379,14 @@ def hub(folder, model, **options):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, GATED, {**GATED, **UNBIASED, "num_attention_heads": 3}, {"key_bias": True}]
+    "config",
+    [
+        {},
+        GATED,
+        {**GATED, **UNBIASED, "num_attention_heads": 3},
+        {"key_bias": True},
+        {"hidden_act": "gelu_pytorch_tanh", "num_register_tokens": 0},
+    ],
 )
 def test_folders(tmp_path, config):
     model, x = model_of(**config, layer_norm_eps=1e-2), image()
@@ -366,7 +396,7 @@ def test_folders(tmp_path, config):
         equal(features(path, x), expected)
     found = read_checkpoint(folder)
     assert found.provenance == {"source": "huggingface", "method": "DINOv3", "license": "DINOv3 License"}
-    bias = "no_key" if config in ({}, GATED) else "all" if "key_bias" in config else "none"
+    bias = "all" if "key_bias" in config else "none" if "query_bias" in config else "no_key"
     assert found.model_kwargs["qkv_bias"] == bias
     vit = build_backbone(folder, mask_tokens=True)
     assert torch.equal(vit.mask_token, model.embeddings.mask_token[0])
@@ -544,8 +574,8 @@ def test_other_networks_of_timm_are_refused(tmp_path, told, named):
     "edit, named",
     [
         (without("norm.weight"), r"no tensor norm\.weight"),
-        (without("blocks.1.attn.v_bias"), r"no tensor blocks\.1\.attn\.v_bias"),
-        (without("blocks.1.attn.q_bias"), r"left over blocks\.1\.attn\.v_bias"),
+        (without("blocks.1.attn.v_bias"), r"no tensor blocks\.1\.attn\.value\.bias"),
+        (without("blocks.1.attn.q_bias"), r"no tensor blocks\.1\.attn\.query\.bias"),
         (without("blocks.1.mlp.fc1_g.weight"), r"no tensor blocks\.1\.mlp\.fc1_g\.weight"),
         (without("blocks.1.gamma_2"), r"missing blocks\.1\.ls2\.gamma"),
         (lambda f: f.update(surprise=torch.zeros(1)), "left over surprise"),

@@ -147,6 +147,27 @@ def layouts():
         "embeddings.patch_embeddings.projection.weight",
         "encoder.layer.0.attention.attention.query.weight",
     )
+    dinov3 = tuple(n for n in timm_names if n != "pos_embed") + (
+        "mask_token",
+        "storage_tokens",
+        "rope_embed.periods",
+    )
+    dinov3 += ("blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias_mask", "blocks.0.mlp.w1.weight")
+    rotary = (*names_of("vit_small_plus_patch16_dinov3_qkvb"), "blocks.0.mlp.w12.weight")
+    huggingface_dinov3 = (
+        "embeddings.patch_embeddings.weight",
+        "embeddings.cls_token",
+        "embeddings.mask_token",
+    )
+    huggingface_dinov3 += (
+        "embeddings.register_tokens",
+        "norm.weight",
+        "norm.bias",
+        "layer.0.layer_scale1.lambda1",
+    )
+    huggingface_dinov3 += tuple(
+        f"layer.0.attention.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")
+    )
     loca = {"ToTokenSequence_0": {"embedding": {"kernel": 0}}, "encoderblock_0": {}}
     for shape in ((), (0,), (D,), (1, D), (1, 1, D), (1, D, D, D)):
         for names in (
@@ -154,6 +175,9 @@ def layouts():
             (*timm_names, "mask_token", "register_tokens", "reg_token"),
             torch_names,
             huggingface,
+            dinov3,
+            rotary,
+            huggingface_dinov3,
         ):
             state = {name: torch.zeros(shape) for name in names}
             yield state

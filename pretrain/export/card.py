@@ -23,6 +23,7 @@ from pretrain.results.tables import (
     segmentation_table,
 )
 from pretrain.views.pixels import MEAN, STD
+from pretrain.weights import license_of
 from pretrain.weights.common import registry_name
 
 UNKNOWN = "unknown"
@@ -82,6 +83,7 @@ def model_card(
         difference=difference,
         architecture=_architecture(vit),
         usage=FORMATS[format].use(vit, size, file),
+        license=license_of(told),
         epochs=UNKNOWN if epochs is None else epochs_text(float(epochs)),
         n_parameters=sum(p.numel() for p in vit.parameters()),
         grid=vit.grid_of(size),

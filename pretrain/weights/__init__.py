@@ -4,6 +4,7 @@ from pretrain.weights.common import Checkpoint
 from pretrain.weights.read import (
     backbone_name,
     check_fit,
+    license_of,
     load_into,
     origin_of,
     read_checkpoint,
@@ -11,5 +12,13 @@ from pretrain.weights.read import (
 )
 from pretrain.weights.sources.posfield import save_backbone
 
-__all__ = ["Checkpoint", "backbone_name", "check_fit", "load_into", "origin_of", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "backbone_name",
+    "check_fit",
+    "license_of",
+    "load_into",
+    "origin_of",
+    "read_checkpoint",
+]
 __all__ += ["save_backbone", "source_names"]

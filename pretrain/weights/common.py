@@ -177,10 +177,11 @@ def require(state: Mapping[str, Tensor], needed: Sequence[str]) -> None:
 
 
 def registry_name(width: int, n_registers: int = 0, swiglu: bool = False) -> str | None:
-    """``vit_small_patch16``, ``..._reg4``: the registered name of this width and kind of MLP, if there is one."""
-    wanted = width, swiglu
-    found = next((k for k, of in SIZES.items() if (of["embed_dim"], of.get("swiglu", False)) == wanted), None)
-    return found and f"vit_{found}_patch16" + ("_reg4" if n_registers == 4 else "")
+    """``vit_small_patch16``, ``..._reg4``: the registered name of this width and kind of MLP, if there is one; of a
+    gated one (Franca's ViT-B) else that of its width."""
+    found = {of.get("swiglu", False): key for key, of in SIZES.items() if of["embed_dim"] == width}
+    size = found.get(swiglu, found.get(False))
+    return size and f"vit_{size}_patch16" + ("_reg4" if n_registers == 4 else "")
 
 
 def only_network(subnet: str | None) -> None:
@@ -319,7 +320,5 @@ def plain_vit(
     provenance |= {"subnet": subnet} if subnet else {}
     if subnet is not None and type(file.tree.get("epoch")) is int:
         provenance["epoch"] = file.tree["epoch"]
-    # gated MLPs of a width whose own are not (Franca's ViT-B): its size by its width
-    name = registry_name(width, n_registers, is_gated) or registry_name(width, n_registers)
-    counted = "depth" not in model_kwargs
+    name, counted = registry_name(width, n_registers, is_gated), "depth" not in model_kwargs
     return Checkpoint(file.path, state, found | model_kwargs, name, provenance, counted)

@@ -91,6 +91,11 @@ def open_container(path: str | Path) -> Container:
     file = path
     if path.is_dir():
         held = [path / name for name in IN_FOLDER if (path / name).exists()]
+        if not held and (path / ".metadata").exists():
+            way = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pth"
+            raise UserError(
+                f"weights: {path} is a distributed checkpoint of torch's; make one file of it: {way}"
+            )
         ensure(held, f"weights: folder {path} holds none of {', '.join(IN_FOLDER)}")
         file = held[0]
     n_bytes, metadata = check_regular(file), dict[str, str]()

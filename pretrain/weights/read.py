@@ -111,6 +111,15 @@ def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str
     return {**told, "effective_epochs": said.get("effective_epochs")}
 
 
+def license_of(provenance: Mapping[str, Any]) -> str | None:
+    """The licence of weights, or of those that they were trained on from, if a file says one."""
+    start = provenance.get("started_from")
+    for said in (provenance, start if isinstance(start, Mapping) else {}):
+        if isinstance(told := said.get("license"), str) and told:
+            return told[:MAX_LABEL]
+    return None
+
+
 def source_names() -> list[str]:
     """The names that ``source=`` takes, of the sources that can be read."""
     return [source.name for source in SOURCES if source not in unsupported.SOURCES]

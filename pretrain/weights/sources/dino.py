@@ -30,6 +30,7 @@ from pretrain.weights.common import (
     inside_of,
     is_fixed,
     is_named,
+    renamed,
     starts_with_zero,
     take,
 )
@@ -127,7 +128,7 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
         name: inside_of(state, method.heads, method.unused) for name, state in networks_of(file).items()
     }
     for pattern, ours in method.renamed.items():
-        networks = {n: {re.sub(pattern, ours, key): v for key, v in s.items()} for n, s in networks.items()}
+        networks = {n: renamed(s, partial(re.sub, pattern, ours)) for n, s in networks.items()}
     return take(file, networks, subnet, needed=method.needed, lacking=method.lacking)
 
 

@@ -45,6 +45,7 @@ SAT_PIXELS = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and deviatio
 ROTARY: dict[str, Any] = {"pos_encoding": "rotary", "pos_interpolation": "none", "ln_eps": 1e-5}
 NEEDED = ("cls_token", "mask_token", "norm.weight", "norm.bias", "blocks.0.ls1.gamma")
 PERIODS = "rope_embed.periods"
+PARTS = ("query", "key", "value")  # names of ours for what others hold apart
 ROUNDING = 2**-8  # of bfloat16, relative
 RENAMED = {"storage_tokens": "reg_token", ".mlp.w3.": ".mlp.fc2."}
 
@@ -84,6 +85,18 @@ def sees_satellites(file: Container) -> bool:
     """Whether the statistics of pixels beside a file, or its name, are SAT-493M's."""
     told = file.preprocessor.get("image_mean")
     return is_named(file, "sat493m") if told is None else told == list(SAT_PIXELS[0])
+
+
+def with_keys_biases(state: State) -> tuple[State, dict[str, Any]]:
+    """Keys have no bias where queries and values have one: zeros, and ``qkv_bias``, which says that they do not count."""
+    held = [part for part in PARTS if f"blocks.0.attn.{part}.bias" in state]
+    if held != ["query", "value"]:
+        return state, {"qkv_bias": "all" if held else "none"}
+    queries = {key: value for key, value in state.items() if key.endswith(".attn.query.bias")}
+    keys = {key.replace(".query.", ".key."): torch.zeros_like(value) for key, value in queries.items()}
+    if unmasked := keys.keys() & state.keys():
+        raise Misfit(f"left over {min(unmasked)}")
+    return state | keys, {"qkv_bias": "no_key"}
 
 
 def _is_sat(file: Container) -> bool:

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from pretrain.errors import UserError
 from pretrain.weights.adapt import with_imagenet_pixels
 from pretrain.weights.common import (
@@ -32,7 +30,15 @@ from pretrain.weights.common import (
     without,
 )
 from pretrain.weights.container import Container
-from pretrain.weights.sources.dinov3 import LICENSE, ROTARY, SAT_METHOD, SAT_PIXELS, sees_satellites
+from pretrain.weights.sources.dinov3 import (
+    LICENSE,
+    PARTS,
+    ROTARY,
+    SAT_METHOD,
+    SAT_PIXELS,
+    sees_satellites,
+    with_keys_biases,
+)
 
 MARK = "embeddings.patch_embeddings.projection.weight"
 DINOV3_MARKS = "embeddings.patch_embeddings.weight", ("layer.0.attention.", "model.layer.0.attention.")
@@ -45,7 +51,6 @@ BASE = 100  # of DINOv3's frequencies, ``rope_theta``
 GELUS = dict.fromkeys(("gelu", "gelu_python"), "erf")
 GELUS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "tanh")
 RESCALED = 1 / 255
-PARTS = ("query", "key", "value")
 RENAMED = (
     (r"embeddings\.(cls_token|mask_token)", r"\1"),
     (r"embeddings\.register_tokens", "reg_token"),
@@ -92,12 +97,15 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     is_rotary = model_type == "dinov3_vit"
     _refuse_others(file, state, is_gated, is_rotary)
     state = fused(state, ("gate_proj", "up_proj") if is_gated else ("up_proj",), "fc1")
-    state, biases = _dinov3s_biases(state) if is_rotary else (_with_biases(file, state), {})
+    state, biases = with_keys_biases(state) if is_rotary else (_with_biases(file, state), {})
     state = fused(state, PARTS, "qkv")
-    if "mask_token" in state:
+    state = {key: value for key, value in state.items() if value.numel() or key != "reg_token"}  # [1, 0, D]
+    if "mask_token" in state and state["mask_token"].ndim > 1:
         state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT and DINOv3
     stated: dict[str, Any] = {"pos_interpolation": "bicubic_antialias" if "reg_token" in state else "bicubic"}
-    stated |= ROTARY | biases if is_rotary else {"gelu": GELUS[config.get("hidden_act", "gelu")]}
+    stated |= (ROTARY | biases if is_rotary else {}) | {
+        "gelu": GELUS.get(config.get("hidden_act", ""), "erf")
+    }
     stated["ln_eps"] = config.get("layer_norm_eps", EPS.get(model_type, 1e-12))
     for key, theirs in {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}.items():
         stated |= {key: config[theirs]} if theirs in config else {}
@@ -189,18 +197,6 @@ def _with_biases(file: Container, state: State) -> State:
         key: value for key, value in state.items() if re.search(r"\.attn\.(query|key|value)\.weight$", key)
     }
     return state | {key.replace(".weight", ".bias"): w.new_zeros(w.shape[0]) for key, w in weights.items()}
-
-
-def _dinov3s_biases(state: State) -> tuple[State, dict[str, Any]]:
-    """Keys have no bias where queries and values have one: zeros, and ``qkv_bias``, which says that they do not count."""
-    held = [part for part in PARTS if f"blocks.0.attn.{part}.bias" in state]
-    if held != ["query", "value"]:
-        return state, {"qkv_bias": "all" if held else "none"}
-    queries = {key: value for key, value in state.items() if key.endswith(".attn.query.bias")}
-    keys = {key.replace(".query.", ".key."): torch.zeros_like(value) for key, value in queries.items()}
-    if unmasked := keys.keys() & state.keys():
-        raise Misfit(f"left over {min(unmasked)}")
-    return state | keys, {"qkv_bias": "no_key"}
 
 
 def _as_dinov3(file: Container, checkpoint: Checkpoint) -> Checkpoint:

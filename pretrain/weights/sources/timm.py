@@ -39,11 +39,16 @@ from pretrain.weights.common import (
     without,
 )
 from pretrain.weights.container import Container
-from pretrain.weights.sources.dinov3 import LICENSE, ROTARY, SAT_PIXELS
+from pretrain.weights.sources.dinov3 import LICENSE, PARTS, ROTARY, SAT_PIXELS, with_keys_biases
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
 DINOV3 = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.gamma_1", "blocks.0.gamma_2")
+DINOV3_NAMES = (
+    (r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),
+    (r"(blocks\.\d+)\.attn\.q_bias", r"\1.attn.query.bias"),
+    (r"(blocks\.\d+)\.attn\.v_bias", r"\1.attn.value.bias"),
+)
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 DEPARTURES = {
     r"norm_pre\.": "a norm before the first block",
@@ -128,19 +133,17 @@ def _dinov3(file: Container, state: State, method: str, arguments: Mapping[str, 
             f"model_args in config.json are of no network of ours: {', '.join(sorted(unknown))[:100]}"
         )
     require(state, ("norm.weight", "norm.bias"))
-    state = renamed(state, lambda key: re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key))
-    biased = {key.removesuffix("q_bias") for key in state if key.endswith(".attn.q_bias")}
-    for block in biased:
-        queries = state.pop(f"{block}q_bias")
-        values = state.pop(f"{block}v_bias", None)
-        if values is None or values.shape != queries.shape:
-            raise Misfit(f"no tensor {block}v_bias of the shape of q_bias")
-        if f"{block}qkv.bias" in state:
-            raise Misfit(f"left over {block}qkv.bias beside q_bias")
-        state[f"{block}qkv.bias"] = torch.cat([queries, torch.zeros_like(queries), values])
-    of_network: dict[str, Any] = ROTARY | {"qkv_bias": "no_key" if biased else "none"}
-    of_network |= {"num_heads": arguments["num_heads"]} if "num_heads" in arguments else {}
-    return plain_vit(file, fused(state, ("fc1_g", "fc1_x"), "fc1"), method=method, **of_network)
+    state = renamed(state, _ours)
+    state, biases = with_keys_biases(state)
+    state = fused(fused(state, PARTS, "qkv"), ("fc1_g", "fc1_x"), "fc1")
+    heads = {"num_heads": arguments["num_heads"]} if "num_heads" in arguments else {}
+    return plain_vit(file, state, method=method, **ROTARY, **biases, **heads)
+
+
+def _ours(key: str) -> str:
+    for pattern, name in DINOV3_NAMES:
+        key = re.sub(f"^{pattern}$", name, key)
+    return key
 
 
 def _described(file: Container) -> bool:

@@ -18,6 +18,8 @@ from pretrain.weights.common import (
     inside_of,
     is_named,
     named,
+    renamed,
+    replacing,
     strip,
     take,
     without,
@@ -50,13 +52,8 @@ def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
     networks = _networks(file, "model.") or file.alone
     if _has(networks, "prototypes."):
         raise Misfit("there are prototypes, which NeCo has not")
-    networks = {
-        name: {
-            key.replace("register_tokens", "reg_token"): value
-            for key, value in without(state, *HEADS).items()
-        }
-        for name, state in networks.items()
-    }
+    ours = replacing({"register_tokens": "reg_token"})
+    networks = {name: renamed(without(state, *HEADS), ours) for name, state in networks.items()}
     return _convert(file, networks, subnet, "" if "" in networks else "model.")
 
 
