@@ -43,11 +43,11 @@ class DetectionProtocol(Settings):
     patience: int = ours(0, "evaluations without a better box AP that end a run; 0: none do", ge=0)
 
     # Optimizer: AdamW
-    lr: float = paper(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; other sizes are ours", ge=0)
+    lr: float = paper(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; others by size, ours", ge=0)
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = theirs((0.9, 0.999), "of AdamW")
     weight_decay: float = theirs(0.1, "0 for norms and positions", ge=0)
-    layer_decay: float = ours(0.7, "factor on the lr a layer: ViTDet's; B.2 gives none", ge=0, le=1)
-    drop_path: float = theirs(0.1, "rate of the last block, rising from 0", ge=0, le=1)
+    layer_decay: float = ours(0.7, "factor on the lr a layer: ViTDet's, by size; B.2 gives none", ge=0, le=1)
+    drop_path: float = theirs(0.1, "rate of the last block, rising from 0; by size", ge=0, le=1)
     clip_grad: float = theirs(0.0, "largest norm of the gradients; 0: no clipping", ge=0)
     amp: bool = theirs(True, "mixed precision, on CUDA")
     amp_dtype: Literal["float16", "bfloat16"] = theirs("float16", "with loss scaling, or bfloat16 without")
@@ -150,8 +150,25 @@ class DetectionProtocol(Settings):
 # deviates.
 TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 
-# lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
-LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
+# Fields by size of the backbone. lr: B.2 names ViT-S and ViT-B; above, ViT-B's (ours: ViTDet has one for B, L and H).
+# Layer decay and drop path: ViTDet's of B, L and H, in Detectron2's configs; below B as B, above H as H (ours).
+_SMALL = dict(lr=1e-4, layer_decay=0.7, drop_path=0.1)
+_BASE = dict(lr=3e-4, layer_decay=0.7, drop_path=0.1)
+_LARGE = dict(lr=3e-4, layer_decay=0.8, drop_path=0.4)
+_HUGE = dict(lr=3e-4, layer_decay=0.9, drop_path=0.5)
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": _SMALL,
+    "small": _SMALL,
+    "small_plus": _SMALL,
+    "base": _BASE,
+    "large": dict(**_LARGE, version=2),
+    "large_plus": _LARGE,
+    "huge_plus": _HUGE,
+    "giant": _HUGE,
+    "7b": _HUGE,
+}
+# Rows of earlier versions: runs that began with them go on with them, and keep their protocol's label.
+EARLIER: dict[tuple[str, int], dict[str, Any]] = {("large", 1): dict(**_BASE, version=1)}
 
 # 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9,
 # 26/27) as in 12 epochs of all.
@@ -169,22 +186,31 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def protocol(name: str, backbone: str) -> DetectionProtocol:
-    """The named protocol with the learning rate of the backbone's size.
+def protocol(name: str, backbone: str, version: int | None = None) -> DetectionProtocol:
+    """The named protocol with the numbers of the backbone's size.
 
     Args:
         name: a key of :data:`PROTOCOLS`.
-        backbone: a registry name, ``vit_{tiny,small,base,large}_...``.
+        backbone: a registry name, ``vit_SIZE_patch...`` with a size of :data:`SIZES`.
+        version: of a run of before; None: today's.
 
     Raises:
-        UserError: no such protocol, or no known learning rate for the backbone.
+        UserError: no such protocol, size or version.
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
     size = size_name(backbone)
-    if size not in LR:
-        raise UserError(f"protocol: no learning rate is known for the backbone {backbone!r}")
-    return DetectionProtocol(name=name, lr=LR[size], **PROTOCOLS[name])
+    if size not in SIZES:
+        known = ", ".join(SIZES)
+        raise UserError(
+            f"protocol: no learning rate is known for the backbone {backbone!r}; sizes are {known}"
+        )
+    row = {"version": 1, **SIZES[size]}
+    if version not in (None, row["version"]):
+        if (size, version) not in EARLIER:
+            raise UserError(f"protocol: {name!r} of {backbone} has no version {version}")
+        row = EARLIER[size, version]
+    return DetectionProtocol(**{"name": name, **row, **PROTOCOLS[name]})
 
 
 def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> DetectionProtocol:
@@ -197,8 +223,8 @@ def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> Det
 
 
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
-    """Where a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
-    return differences(protocol(run.name, backbone), run)
+    """Where a run differs from the protocol that it is named after, in its version: ``{field: [protocol's, run's]}``."""
+    return differences(protocol(run.name, backbone, run.version), run)
 
 
 def n_share(images: int, share: float) -> int:

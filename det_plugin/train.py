@@ -1,6 +1,7 @@
 """Fine-tune a detector, or evaluate one, with either engine."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from det_plugin import plan
 from det_plugin.coco.annotations import lacks_masks, read_classes, read_split
 from det_plugin.coco.layout import has_one_split
-from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.protocol import EARLIER, DetectionProtocol, protocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun, engine_of
 from pretrain import distributed
+from pretrain.backbones.vit import size_name
 from pretrain.errors import UserError, explained_shortage
 from pretrain.jobs import start
 from pretrain.log import say
@@ -114,7 +116,7 @@ def settings_of(
     Raises:
         UserError: no such protocol, or a field's value is bad; the data's categories are damaged.
     """
-    base, epochs = protocol(name, backbone), fields.get("epochs")
+    base, epochs = protocol(name, backbone, earlier_version(backbone, output)), fields.get("epochs")
     fields = {key: value for key, value in fields.items() if key != "epochs"}
     if epochs is not None and "max_iters" in fields:
         told = f"epochs={epochs} and max_iters={fields['max_iters']}"
@@ -149,8 +151,22 @@ def is_own_data(recipe: DetectionProtocol, backbone: str) -> bool:
 
 def is_older(output: Path) -> bool:
     """Whether the folder's run left images without objects out, as all did at first. It goes on like that."""
+    text = _config_text(output)
+    return bool(text) and "keep_empty" not in text
+
+
+def earlier_version(backbone: str, output: Path) -> int | None:
+    """The version of the protocol with which the folder's run began and goes on, if it is none of today's."""
+    text = _config_text(output)
+    found = text and re.search(r'^ *"?version"?: (\d+)', text, re.MULTILINE)
+    version = int(found[1]) if found else 1  # of Detectron2's configs, which do not say 1
+    return version if text and (size_name(backbone), version) in EARLIER else None
+
+
+def _config_text(output: Path) -> str:
+    """The config of the folder's run, as it stands there; empty where there is none."""
     engine = engine_of(output)
-    return engine is not None and "keep_empty" not in (output / CONFIGS[engine]).read_text(errors="replace")
+    return "" if engine is None else (output / CONFIGS[engine]).read_text(errors="replace")
 
 
 def evaluate(

@@ -97,8 +97,13 @@ def build_backbone(
 
 def build_for_fine_tuning(name: str, weights: str | Path | None = None, **model_kwargs: Any) -> ViT:
     """:func:`build_backbone` for the two protocols, whose patches have 16 px: other files are resampled, unless
-    ``patch_size`` is given."""
-    return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
+    ``patch_size`` is given. Norms of special tokens alone are frozen: the protocols read the patches, and
+    DistributedDataParallel stops where a parameter gets no gradient."""
+    vit = build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
+    for norm in (vit.cls_norm, vit.local_cls_norm):
+        if norm is not None:
+            norm.requires_grad_(False)
+    return vit
 
 
 def network_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:

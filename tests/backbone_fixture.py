@@ -4,6 +4,12 @@ import re
 
 import torch
 
+# What DINOv3's networks have and others do not, in a network of two blocks
+ROTARY = dict(
+    depth=2, pos_encoding="rotary", n_registers=4, layerscale=1e-2, ln_eps=1e-5, qkv_bias="no_key", swiglu=True,
+    cls_norm=True, local_cls_norm=True,
+)  # fmt: skip
+
 
 def randomize(model, seed=0):
     """Weights of ordinary size everywhere, so that no term hides behind a zero initialization."""

@@ -6,6 +6,7 @@ One comparison at the end is real, of files in two layouts; elsewhere the tools 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,7 +238,8 @@ def shipped(name):
 
 def test_every_shipped_file_can_be_read():
     assert {path.stem for path in CONFIGS.iterdir()} == {
-        "table1_vitb16", "table1_vits16", "table2", "table7", "coco10pct", "toy",
+        "table1_vitb16", "table1_vits16", "table2", "table7", "coco10pct", "toy", "modern_vits16", "modern_vitb16",
+        "modern_vitl16",
     }  # fmt: skip
     for path in CONFIGS.iterdir():
         assert all(entry.origin for entry in shipped(path.stem).entries), path
@@ -269,6 +271,23 @@ def test_every_published_row_has_an_entry(name, table, backbone):
         if entry.method in ours:
             config = entry.origin.split("--config ")[1].split()[0]
             assert (ROOT / config).is_file() and entry.file == f"{Path(config).stem}/backbone.safetensors"
+
+
+@pytest.mark.parametrize("size, letter", [("small", "s"), ("base", "b"), ("large", "l")])
+def test_the_backbones_of_today_are_compared_under_one_protocol(size, letter):
+    """Files are called as published; what the paper's tables hold, too, is the same entry, so runs are shared."""
+    read = shipped(f"modern_vit{letter}16")
+    methods = ["DINOv2", "DINOv2-reg", "DINOv3", *["MAE"] * (letter != "s"), "Intertwined"]
+    assert [entry.method for entry in read.entries] == methods
+    assert {(e.backbone.removesuffix("_reg4"), e.detection, e.segmentation) for e in read.entries} == {
+        (f"vit_{size}_patch16", "", "")
+    }
+    assert (read.detection, read.segmentation) == ("coco-12ep", "sweep")
+    dinov3 = read.entries[2]
+    assert re.fullmatch(rf"dinov3_vit{letter}16_pretrain_lvd1689m-[0-9a-f]{{8}}\.pth", dinov3.file)
+    known = [e for name in ("table1_vits16", "table1_vitb16", "table7") for e in shipped(name).entries]
+    same = [entry.method for entry in read.entries if entry in known]
+    assert same == ([] if letter == "l" else [method for method in methods if method != "DINOv3"])
 
 
 def made_plan(comparison, output, **options):

@@ -7,16 +7,16 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomize
+from backbone_fixture import ROTARY, randomize
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.torchvision_engine.model import PyramidBackbone, SimpleFeaturePyramid
 from det_plugin.windows import Windows, global_blocks, partition, unpartition, windowed_attention
 from pretrain.backbones.attention import Attention
-from pretrain.build import build_backbone
+from pretrain.build import build_backbone, build_for_fine_tuning
 from pretrain.errors import UserError
-from pretrain.layer_decay import lr_rate, no_decay
+from pretrain.layer_decay import FINAL_NORMS, lr_rate, no_decay
 
 TINY = "vit_tiny_patch16"
 BARE = dict(final_norm=False, keep_special_tokens=False)
@@ -237,15 +237,15 @@ def test_inductor_gives_the_same_gradients(options):
 # --- learning rates
 
 
-@pytest.mark.parametrize("model_kwargs", [FULL, dict()], ids=["field", "standard"])
+@pytest.mark.parametrize("model_kwargs", [FULL, dict(), ROTARY], ids=["field", "standard", "rotary"])
 def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
-    vit = build_backbone(TINY, depth=2, **model_kwargs)
+    vit = build_backbone(TINY, **{"depth": 2, **model_kwargs})
     expected = {  # layer, whether weights decay
         **dict.fromkeys(
             ("cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"), (0, True)
         ),
         **dict.fromkeys(("pos_embed", "pos_field", "cls_pos"), (0, False)),
-        **dict.fromkeys(("norm.weight", "norm.bias"), (3, False)),
+        **{f"{norm}.{kind}": (3, False) for norm in FINAL_NORMS for kind in ("weight", "bias")},
     }
     for name, _ in vit.named_parameters():
         if name.startswith("blocks."):
@@ -265,3 +265,15 @@ def test_mask_tokens_are_of_no_use_to_a_detector():
         "mask_token",
         "pos_mask_token",
     }
+
+
+@pytest.mark.parametrize("keep_special_tokens", [True, False])
+def test_what_gets_no_gradient_in_a_rotary_network_is_frozen(keep_special_tokens):
+    vit = build_for_fine_tuning(TINY, **ROTARY)
+    options = FeatureOptions(keep_special_tokens=keep_special_tokens)
+    prepare(vit, options)
+    detection_features(vit.train(), torch.randn(1, 3, 32, 48), options).sin().sum().backward()
+    frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in vit.named_parameters() if p.grad is None}
+    tokens = set() if keep_special_tokens else {"cls_token", "reg_token"}
+    assert {name.partition(".")[0] for name in frozen} == {"cls_norm", "local_cls_norm"} | tokens

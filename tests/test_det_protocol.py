@@ -3,14 +3,16 @@
 import importlib.util
 import json
 import math
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from det_plugin.protocol import (
-    LR,
     PROTOCOLS,
+    SIZES,
     DetectionProtocol,
     deviations,
     n_share,
@@ -19,6 +21,7 @@ from det_plugin.protocol import (
     with_overrides,
 )
 from det_plugin.run import DetectionRun
+from pretrain.backbones import vit
 from pretrain.errors import UserError
 from pretrain.layer_decay import lr_rate, no_decay
 
@@ -36,7 +39,53 @@ def test_schedules_are_the_papers():
 def test_learning_rate_follows_the_backbone():
     assert protocol("coco-12ep", "vit_base_patch16").lr == 3e-4
     assert protocol("coco-12ep", "vit_small_patch16_reg4").lr == 1e-4
-    assert set(LR) == {"tiny", "small", "base", "large"}
+
+
+@pytest.mark.parametrize(
+    "size, lr, layer_decay, drop_path, version",
+    [
+        ("tiny", 1e-4, 0.7, 0.1, 1),
+        ("small", 1e-4, 0.7, 0.1, 1),
+        ("small_plus", 1e-4, 0.7, 0.1, 1),
+        ("base", 3e-4, 0.7, 0.1, 1),
+        ("large", 3e-4, 0.8, 0.4, 2),
+        ("large_plus", 3e-4, 0.8, 0.4, 1),
+        ("huge_plus", 3e-4, 0.9, 0.5, 1),
+        ("giant", 3e-4, 0.9, 0.5, 1),
+        ("7b", 3e-4, 0.9, 0.5, 1),
+    ],
+)
+def test_numbers_of_each_size(size, lr, layer_decay, drop_path, version):
+    """ViTDet's drop path and layer decay: B .1 and .7, L .4 and .8, H .5 and .9."""
+    backbone = f"vit_{size}_patch16_reg4"
+    full = protocol("coco-12ep", backbone)
+    assert (full.lr, full.layer_decay, full.drop_path, full.version) == (lr, layer_decay, drop_path, version)
+    assert set(SIZES) == set(vit.SIZES)
+    assert deviations(full.model_copy(update={"drop_path": 0.2}), backbone) == {"drop_path": [drop_path, 0.2]}
+    assert protocol("coco10pct-frozen-12ep", backbone).drop_path == 0
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_layer_decay_and_drop_path_are_vitdets(size):
+    """By its configs, beside Detectron2's sources ($DETECTRON2_SRC)."""
+    length, ours = (75, "huge_plus") if size == "huge" else (100, size)
+    source = Path(os.environ.get("DETECTRON2_SRC", "")) / "projects" / "ViTDet" / "configs" / "COCO"
+    file = source / f"mask_rcnn_vitdet_{size[0]}_{length}ep.py"
+    if not file.is_file():
+        pytest.skip("Detectron2's sources are not there")
+    text, full = file.read_text(), protocol("coco-100ep", f"vit_{ours}_patch16")
+    assert float(re.search(r"lr_decay_rate=([\d.]+)", text)[1]) == full.layer_decay
+    drop_path = re.search(r"drop_path_rate = ([\d.]+)", text)
+    assert (float(drop_path[1]) if drop_path else 0.1) == full.drop_path  # B's stands in its model
+
+
+def test_a_version_of_before_keeps_its_numbers():
+    backbone = "vit_large_patch16"
+    before = protocol("coco-12ep", backbone, 1)
+    assert (before.lr, before.layer_decay, before.drop_path, before.version) == (3e-4, 0.7, 0.1, 1)
+    assert deviations(before, backbone) == {} == deviations(protocol("coco-12ep", backbone, 2), backbone)
+    with pytest.raises(UserError, match="of vit_base_patch16 has no version 2"):
+        protocol("coco-12ep", "vit_base_patch16", 2)
 
 
 def test_numbers_of_vitdet():
@@ -113,7 +162,7 @@ def test_numbers_equal_detectron2s_own_configuration():
 
 @pytest.mark.parametrize("name, backbone, message", [
     ("coco-3ep", "vit_base_patch16", "'coco-3ep' is none of coco-12ep, coco-50ep, coco-100ep, coco10pct"),
-    ("coco-12ep", "vit_giant_patch14", "vit_giant_patch14"),
+    ("coco-12ep", "vit_vast_patch16", "'vit_vast_patch16'; sizes are tiny, small, small_plus, base"),
     ("coco-12ep", "resnet", "resnet"),
 ])  # fmt: skip
 def test_unknown_names(name, backbone, message):

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ pytest.importorskip(
     "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
 )
 
+from backbone_fixture import ROTARY
 from coco_fixture import CATEGORIES, annotation_file, edit, write_coco
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
@@ -87,6 +89,16 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole, workers, lost_
     train(run, resume=True)
     assert_same_end(run, whole)
     assert len(metrics_lines(run.output)) == 5 and "box_ap" in metrics_lines(run.output)[1]
+
+
+def test_a_rotary_run_ends_as_if_it_had_not_been_killed(tmp_path, coco):
+    whole = replace(toy_run(tmp_path / "whole", coco, None, drop_path=0.5), model_kwargs=ROTARY)
+    train(whole)
+    run = copied(whole, tmp_path / "run", "model_0000001.pth")
+    train(run, resume=True)
+    assert_same_end(run, whole)
+    (found,) = load_detector(run.output, device="cpu").detect([np.zeros((70, 90, 3), np.uint8)])
+    assert {item["category_id"] for item in found} <= CATEGORIES.keys()
 
 
 def test_other_data_are_told_and_gone_on_over_when_asked(tmp_path, coco, whole, capsys):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from backbone_fixture import ROTARY
 from coco_fixture import CATEGORIES, write_coco
 from PIL import Image
 from test_torchvision_engine import SMALL, TINY, boxes, detector
@@ -43,10 +44,12 @@ RECIPES = {
         dict(masks="off", window_size=3, global_blocks=1, image_size_px=100, keep_special_tokens=False,
              pyramid_scales=(2.0, 1.0, 0.5), anchor_sizes_px=(16, 32, 64, 128), norm="", score_threshold=0.2),
     ),
+    "rotary": with_overrides(SMALL, dict(window_size=3, global_blocks=1)),
 }  # fmt: skip
 MORE_FLAGS = {
     "masks": {},
     "boxes": dict(depth=2, pos_encoding="none", pos_grid=None, relative_positions=True),
+    "rotary": dict(**ROTARY, pos_grid=None),
 }
 
 

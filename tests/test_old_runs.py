@@ -156,3 +156,29 @@ def test_a_detectron2_folder_is_read_as_data(package, tmp_path, capfd):
             load_model(folder)
     said = capfd.readouterr().out
     assert "code ran" not in said and "trusted" in said
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("torchvision", marks=needs("pycocotools")),
+        pytest.param("detectron2", marks=needs("detectron2")),
+    ],
+)
+def test_a_vit_l_of_before_goes_on_with_its_drop_path_and_layer_decay(engine, tmp_path, monkeypatch):
+    from det_plugin import protocol, train
+
+    safety_net.write_coco(tmp_path / "coco")
+    small = dict(depth=1, embed_dim=32, num_heads=2)
+    how = dict(old_runs.SMALL_DET, engine=engine, device="cpu", workers=0, model_kwargs=small)
+    how |= dict(backbone="vit_large_patch16", data=tmp_path / "coco", is_sure=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(protocol.SIZES, "large", protocol.EARLIER["large", 1])
+        file = train.finetune(output=tmp_path / "run", **how)
+    file.unlink()  # as if it had been killed before
+    result = read_result(train.finetune(output=tmp_path / "run", resume=True, **how))
+    assert result.protocol.version == 1 and result.protocol.label.startswith("coco-12ep, ")
+    assert not {"drop_path", "layer_decay"} & result.protocol.deviations.keys()
+    result = read_result(train.finetune(output=tmp_path / "new", **how))
+    assert result.protocol.version == 2 and result.protocol.label.startswith("coco-12ep v2, ")
+    assert not {"drop_path", "layer_decay"} & result.protocol.deviations.keys()

@@ -44,6 +44,7 @@ KINDS = [
     dict(has_cls=False, final_norm=False),
     dict(n_registers=2, layerscale=0.5, patch_size=8),
     dict(pos_encoding="none", relative_positions=True),
+    dict(pos_encoding="rotary", n_registers=2, cls_norm=True),
 ]
 
 
@@ -176,6 +177,9 @@ def test_what_stands_for_a_hidden_position():
     assert hide_with(backbone, "zero", True, (2, 3)) == "zero" and not backbone.pos_mask_token.any()
     with pytest.raises(UserError, match="no pos_mask_token"):
         hide_with(backbone, "token", False, (2, 3))
+    rotary = vit(pos_encoding="rotary")
+    for mask in ("auto", "mean", "zero"):
+        assert hide_with(rotary, mask, False, (2, 3)) == "zero" and not rotary.pos_mask_token.any()
     without = vit(pos_encoding="none")
     assert hide_with(without, "auto", False, (2, 3)) == "none" and not without.pos_mask_token.any()
 

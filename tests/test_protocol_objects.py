@@ -220,6 +220,20 @@ def test_50_epochs_differ_in_the_schedule_alone(size):
     }  # fmt: skip
 
 
+@needs_detectron2
+@pytest.mark.detectron2
+def test_vit_l_has_numbers_of_its_own():
+    """ViTDet-L's drop path and layer decay; the stock launcher's file is the protocol, not near it."""
+    from det_plugin.detectron2_engine.evaluate import config_deviations
+
+    cfg = config_of("l", "12")
+    assert (cfg.model.backbone.net.drop_path, cfg.optimizer.params.layer_decay) == (0.4, 0.8)
+    assert (cfg.optimizer.lr, cfg.dataloader.evaluator.version) == (3e-4, 2)
+    assert config_deviations(cfg) == {}
+    cfg.model.backbone.net.drop_path = 0.1
+    assert config_deviations(cfg) == {"model.backbone.net.drop_path": [0.4, 0.1]}
+
+
 # --- optimizer --------------------------------------------------------------------------------------------
 
 LAYERS = {

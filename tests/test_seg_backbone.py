@@ -10,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
+from backbone_fixture import ROTARY
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
@@ -126,6 +127,22 @@ def test_layer_decay_by_depth(weights):
     } == {0.125}
     assert found[vit + "blocks.0.attn.qkv.weight"] == 0.25 and found[vit + "blocks.1.ls1.gamma"] == 0.5
     assert found[vit + "norm.weight"] == found["decode_head.conv_seg.weight"] == 1.0
+
+
+def test_what_gets_no_gradient_in_a_rotary_network_is_frozen_and_the_rest_has_its_rate():
+    """Norms of special tokens alone; LayerScale, registers and the bias of queries and values do not decay."""
+    model = segmentor(model_kwargs=ROTARY).train()
+    vit = model.backbone.vit
+    model.backbone(torch.randn(1, 3, 48, 48))[0].sin().sum().backward()
+    frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
+    assert {name.partition(".")[0] for name in frozen} == {"cls_norm", "local_cls_norm"}
+    assert frozen == {name for name, p in vit.named_parameters() if p.grad is None}
+    groups = param_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    placed = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {name: placed[id(p)] for name, p in vit.named_parameters() if p.requires_grad}
+    expected = {"reg_token": (0.125, 0.0), "blocks.0.attn.qkv.bias": (0.25, 0.0), "blocks.1.ls2.gamma": (0.5, 0.0),
+                "blocks.1.mlp.fc1.weight": (0.5, 0.1), "norm.bias": (1.0, 0.0)}  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_trap_patch_bias_attention_and_normalization(weights):

@@ -18,6 +18,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
+from backbone_fixture import ROTARY
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
@@ -196,6 +197,17 @@ def test_killed_between_checkpoints_the_stock_launcher_goes_on_to_the_same_bits(
     launch(stock_tool("train.py"), *words, "--resume", cwd=tmp_path)
     assert_equal(tmp_path / "run", whole)
     assert read_result(tmp_path / "run").metrics == read_result(whole).metrics
+
+
+def test_a_rotary_run_of_the_stock_launcher_goes_on_to_the_same_bits(ade, killer, tmp_path):
+    words = [write_config(tmp_path, ade, model_kwargs=ROTARY, **NUMBERS), "--work-dir", "run"]
+    launch(killer, stock_tool("train.py"), *words, cwd=tmp_path, code=-signal.SIGKILL)
+    launch(stock_tool("train.py"), *words, "--resume", cwd=tmp_path)
+    whole = tiny_run(ade, tmp_path / "whole", protocol=tiny(**NUMBERS), model_kwargs=ROTARY)
+    train(whole)
+    assert_equal(tmp_path / "run", whole.output)
+    vit = load_segmenter(whole.output, "cpu").model.backbone.vit
+    assert (vit.pos_encoding, vit.n_registers) == ("rotary", 4)
 
 
 def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from backbone_fixture import ROTARY
 from coco_fixture import annotation_file, edit, write_coco
 from tool_fixture import load_tool
 
@@ -211,11 +212,11 @@ def assert_same_run(whole, parts):
     assert before.metrics == after.metrics and before.config_hash == after.config_hash
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_resumed_equals_uninterrupted(make, stop):
+@pytest.mark.parametrize("stop, model_kwargs", [(1, FLAGS), (2, FLAGS), (1, ROTARY)])
+def test_resumed_equals_uninterrupted(make, stop, model_kwargs):
     """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one
     is not."""
-    whole, parts = make("whole"), make("parts")
+    whole, parts = make("whole", model_kwargs=model_kwargs), make("parts", model_kwargs=model_kwargs)
     train(whole)
     train(parts, stop_after_it=stop)
     assert not (parts.output / "result.json").exists() and load_checkpoint(parts.output)["iteration"] == stop

@@ -52,7 +52,7 @@ class ResultEvaluator(DatasetEvaluator):
     Args:
         root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder. The launcher wrote ``config.yaml`` there.
-        protocol, overrides: what the config was made from (:func:`saved_config.protocol_in`).
+        protocol, version, overrides: what the config was made from (:func:`saved_config.protocol_in`).
         accumulate: micro-batches a step. It is only recorded.
         origin, classes: of a resolved config: what the backbone's file said; category id -> name.
 
@@ -67,6 +67,7 @@ class ResultEvaluator(DatasetEvaluator):
         *,
         protocol: str,
         overrides: Mapping[str, Any],
+        version: int = 1,
         accumulate: int = 1,
         origin: Mapping[str, Any] | None = None,
         classes: Mapping[int, str] | None = None,

@@ -261,6 +261,8 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
                 protocol=p.name,
                 overrides={key: run for key, (_, run) in deviations(p, backbone).items()},
                 accumulate=1,
+                # What older configs do not say is 1
+                **({} if p.version == 1 else {"version": p.version}),
             ),
         ),
         flags={"allow_objects": True},

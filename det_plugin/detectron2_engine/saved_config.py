@@ -157,7 +157,7 @@ def _today(target: str) -> str:
 def protocol_in(cfg: DictConfig) -> DetectionProtocol:
     """The protocol, full or scaled down, that a config was made from."""
     evaluator = cfg.dataloader.evaluator
-    base = protocol(evaluator.protocol, cfg.model.backbone.net.name)
+    base = protocol(evaluator.protocol, cfg.model.backbone.net.name, evaluator.get("version", 1))
     return with_overrides(base, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
 
 

@@ -70,9 +70,10 @@ class Features:
         backbone, start = self.backbone, 0
 
         def show(layer: int, tokens: Tensor) -> None:
-            visitor(
-                slice(start, start + FORWARD_BATCH), layer, at_least_float32(backbone.split(tokens).patches)
-            )
+            # The norm of patches alone sees no others
+            n_special = 0 if layer > len(backbone.blocks) and backbone.cls_norm else backbone.n_prefix
+            part = slice(start, start + FORWARD_BATCH)
+            visitor(part, layer, at_least_float32(tokens[:, n_special:]))
 
         with ExitStack() as hooks:
             layers = [*backbone.blocks, *[backbone.norm] * backbone.model_kwargs["final_norm"]]

@@ -6,7 +6,8 @@ those patches' features gives their coordinates: after the embedding, after each
 norm, and, for comparison, of the other patches of the same images, whose position was given. This is the
 direct test of the paper's claim that content and position are intertwined.
 
-Files of other methods hold no such token: :func:`hide_with` puts the mean of all positions in its place.
+Files of other methods hold no such token: :func:`hide_with` puts the mean of all positions in its place. A hidden patch of
+rotary positions is not turned, as [CLS] is not, and a file without the token adds nothing to it.
 
 The read-out is ridge regression in closed form, float64: nothing to tune or to draw. Features are
 standardized; D / n is added to the diagonal of their D x D correlation matrix, n being the rows (ours): as if
@@ -183,7 +184,7 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
         backbone: built with ``mask_tokens=True``.
         mask: ``token``: the file's, learned in pre-training | ``mean``: the mean of the grid's positions
             (ours), so that the patch looks as usual to the blocks and its position says nothing | ``zero`` |
-            ``auto``: ``token`` where there is one, else ``mean``.
+            ``auto``: ``token`` where there is one, else ``mean``. Rotary positions have no mean: ``zero``.
         has_token: the file holds one.
         grid: (h, w) of the images.
 
@@ -200,6 +201,7 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
             left = "pre-training with position masks leaves one"
             raise UserError(f"mask 'token': the file holds no pos_mask_token; {left}")
         return mask
+    mask = "zero" if backbone.pos_encoding == "rotary" else mask
     with torch.no_grad():
         token = backbone.pos_mask_token
         token.copy_(backbone.positions(grid).mean(1) if mask == "mean" else torch.zeros_like(token))
