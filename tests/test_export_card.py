@@ -145,6 +145,7 @@ def test_what_is_unknown_is_said_to_be(tmp_path):
             r"Learned for 2 x 2 patches; the file holds them resampled \(dinov2\) to the 4 x 2 patches",
         ),
         (dict(pos_encoding="none"), (32, 32), "The network has no positions"),
+        (dict(pos_encoding="rotary"), (32, 48), "queries and keys of patches are turned by their places"),
         (dict(layerscale=0.3), (32, 32), "LayerScale is multiplied into"),
         (dict(patch_size=14), (28, 28), "# ViT-T/14, method unknown"),
     ],
