@@ -30,6 +30,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16,
 WARM_UP = 4  # turns that do not count: memory is faulted in, caches fill, kernels are chosen
 STEPS_A_TURN = {"cuda": 10}  # a queue of steps, as in training: launching hides behind computing; elsewhere 1
 RECIPES = {"intertwined": "intertwined-100ep", "dinov2": "dinov2-100ep"}
+ROTARY = {"rotary": "rotary-100ep"}
 
 
 def measure(
@@ -39,6 +40,7 @@ def measure(
     device: str = "auto",
     overrides: Sequence[str] = (),
     with_data: int | None = None,
+    rotary: bool = False,
 ) -> dict[str, Any]:
     """Seconds and peak memory of a step with synthetic pixels, method and baseline in turns, each in its own
     process.
@@ -49,20 +51,24 @@ def measure(
         rounds: counted turns of each; figures are medians, the ratio is the median over the turns' ratios.
         overrides: more ``key=value``, for both.
         with_data: decoding processes of :func:`measure_with_data`, which is measured too; None: it is not.
+        rotary: the method with rotary positions takes turns, too, against the one with the field of positions.
 
     Returns:
         ``method_over_baseline``, ``memory_ratio``, and for each its seconds, images/s, model FLOPs an image
-        (:func:`flops_an_image`), and MFU where the GPU is known.
+        (:func:`flops_an_image`), and MFU where the GPU is known; of ``rotary`` the time and memory ratios.
 
     Raises:
         UserError: no such backbone or device; settings that do not fit.
     """
     where = choose_device(device)
     words = [f"backbone.name={backbone}", f"optim.batch_size={batch}", f"run.device={where.type}", *overrides]
-    configs = {name: load_config(recipe, words) for name, recipe in RECIPES.items()}
-    tasks = {name: (training_steps, (recipe, words)) for name, recipe in RECIPES.items()}
+    recipes = {**RECIPES, **(ROTARY if rotary else {})}
+    configs = {name: load_config(recipe, words) for name, recipe in recipes.items()}
+    tasks = {name: (training_steps, (recipe, words)) for name, recipe in recipes.items()}
     found = in_turns(tasks, str(where), rounds, WARM_UP, STEPS_A_TURN.get(where.type, 1))
-    told = report(found, {"{}_ratio": ("intertwined", "dinov2")})
+    ratios = {"{}_ratio": ("intertwined", "dinov2")}
+    ratios |= {"rotary_{}_ratio": ("rotary", "intertwined")} if rotary else {}
+    told = report(found, ratios)
     told["turns"] = [round(a / b, 3) for a, b in zip(found["intertwined"].seconds, found["dinov2"].seconds)]
     dtype, autocast = choose_precision(configs["dinov2"].run.precision, where)
     with autocast:
@@ -124,22 +130,23 @@ def figures_of(config: Any, seconds: float, device: torch.device) -> dict[str, A
 def flops_an_image(config: Any) -> float:
     """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
 
-    A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a
-    token for the projections and the MLP, 4 N D a token for attention. The teacher: forward, global crops.
-    The student: three times forward (itself, and the gradients by input and by weight), all crops. A head:
-    its MLP and its prototypes on the rows that it sees, which are every [CLS], and on average the mean mask
-    ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the optimizer are
-    not.
+    A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 8 D^2 a token
+    for the projections, 16 D^2 for the MLP (6 D H where it is gated, of hidden width H), 4 N D for attention.
+    The teacher: forward, global crops. The student: three times forward (itself, and the gradients by input
+    and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every
+    [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms,
+    softmax, positions and the optimizer are not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
     size = SIZES[size_name(backbone.name) or ""]
     dim, depth = size["embed_dim"], backbone.depth or size["depth"]
+    mlp = 6 * size["mlp_ratio"] if size.get("swiglu") else 16
 
     def forward(px: int) -> float:
         n_patches = (px // backbone.patch_size) ** 2
         n_tokens = n_patches + 1 + backbone.n_registers
         embedding = 2 * n_patches * 3 * backbone.patch_size**2 * dim
-        return depth * n_tokens * (24 * dim**2 + 4 * n_tokens * dim) + embedding
+        return depth * n_tokens * ((8 + mlp) * dim**2 + 4 * n_tokens * dim) + embedding
 
     widths = [dim, *[heads.hidden_dim] * (heads.n_layers - 1), heads.bottleneck_dim, heads.n_prototypes]
     row = sum(2 * a * b for a, b in zip(widths[:-1], widths[1:]))
