@@ -22,7 +22,7 @@ class PosfieldViT(BaseModule):
     """A ViT. Its output is one map, the last layer's normed patch tokens.
 
     Args:
-        name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
+        name: registry name, ``vit_SIZE_patch16``, ``..._reg4``.
         weights: any checkpoint that ``build_for_fine_tuning`` reads, here; ``init_weights`` changes nothing.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
         freeze: the ViT does not learn, drops no path, and makes no graph.

@@ -1,4 +1,5 @@
-"""How long a training step takes: the method against the DINOv2 baseline, by the same code."""
+"""How long a training step takes: the method against the DINOv2 baseline, by the same code, or rotary positions against
+none."""
 
 import tempfile
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from pretrain import distributed
-from pretrain.backbones.vit import SIZES, size_name
+from pretrain.backbones.vit import SIZES, ViT, size_name
 from pretrain.benchmark.data import write_photographs
 from pretrain.benchmark.turns import Work, in_turns, report, settle
 from pretrain.config import load_config
@@ -29,8 +30,12 @@ SIZE_PX = (375.0, 500.0)  # of the image that synthetic views are drawn in
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, by the makers' data sheets
 WARM_UP = 4  # turns that do not count: memory is faulted in, caches fill, kernels are chosen
 STEPS_A_TURN = {"cuda": 10}  # a queue of steps, as in training: launching hides behind computing; elsewhere 1
-RECIPES = {"intertwined": "intertwined-100ep", "dinov2": "dinov2-100ep"}
-ROTARY = {"rotary": "rotary-100ep"}
+# Contenders, the one above first: a recipe, and whether it turns queries and keys
+METHODS: dict[str, tuple[str, bool]] = {
+    "intertwined": ("intertwined-100ep", True),
+    "dinov2": ("dinov2-100ep", True),
+}
+ROTATION = {"rotary": ("rotary-100ep", True), "unrotated": ("rotary-100ep", False)}
 
 
 def measure(
@@ -42,8 +47,8 @@ def measure(
     with_data: int | None = None,
     rotary: bool = False,
 ) -> dict[str, Any]:
-    """Seconds and peak memory of a step with synthetic pixels, method and baseline in turns, each in its own
-    process.
+    """Seconds and peak memory of a step with synthetic pixels, method and baseline (or the method with rotary
+    positions and the same without turning any) in turns, each in its own process.
 
     Args:
         backbone: registry name.
@@ -51,26 +56,27 @@ def measure(
         rounds: counted turns of each; figures are medians, the ratio is the median over the turns' ratios.
         overrides: more ``key=value``, for both.
         with_data: decoding processes of :func:`measure_with_data`, which is measured too; None: it is not.
-        rotary: the method with rotary positions takes turns, too, against the one with the field of positions.
+        rotary: what rotation costs.
 
     Returns:
-        ``method_over_baseline``, ``memory_ratio``, and for each its seconds, images/s, model FLOPs an image
-        (:func:`flops_an_image`), and MFU where the GPU is known; of ``rotary`` the time and memory ratios.
+        ``method_over_baseline`` or ``rotary_over_unrotated``, ``memory_ratio``, and for each its seconds,
+        images/s, model FLOPs an image (:func:`flops_an_image`), and MFU where the GPU is known.
 
     Raises:
         UserError: no such backbone or device; settings that do not fit.
     """
     where = choose_device(device)
     words = [f"backbone.name={backbone}", f"optim.batch_size={batch}", f"run.device={where.type}", *overrides]
-    recipes = {**RECIPES, **(ROTARY if rotary else {})}
-    configs = {name: load_config(recipe, words) for name, recipe in recipes.items()}
-    tasks = {name: (training_steps, (recipe, words)) for name, recipe in recipes.items()}
+    contenders = ROTATION if rotary else METHODS
+    above, below = contenders
+    configs = {name: load_config(recipe, words) for name, (recipe, _) in contenders.items()}
+    tasks = {name: (training_steps, (recipe, words, turns)) for name, (recipe, turns) in contenders.items()}
     found = in_turns(tasks, str(where), rounds, WARM_UP, STEPS_A_TURN.get(where.type, 1))
-    ratios = {"{}_ratio": ("intertwined", "dinov2")}
-    ratios |= {"rotary_{}_ratio": ("rotary", "intertwined")} if rotary else {}
-    told = report(found, ratios)
-    told["turns"] = [round(a / b, 3) for a, b in zip(found["intertwined"].seconds, found["dinov2"].seconds)]
-    dtype, autocast = choose_precision(configs["dinov2"].run.precision, where)
+    told = report(found, {"{}_ratio": (above, below)})
+    ratio = "rotary_over_unrotated" if rotary else "method_over_baseline"
+    told = {ratio: told.pop("time_ratio"), **told}
+    told["turns"] = [round(a / b, 3) for a, b in zip(found[above].seconds, found[below].seconds)]
+    dtype, autocast = choose_precision(configs[below].run.precision, where)
     with autocast:
         precision = product_dtype(torch.zeros((), dtype=dtype, device=where))
     seconds = {name: median(figures.seconds) for name, figures in found.items()}
@@ -78,13 +84,16 @@ def measure(
     data = {} if with_data is None else {"with_data": measure_with_data(words, 4 * rounds, with_data)}
     asked = {"backbone": backbone, "batch_size": batch, "device": str(where)}
     asked["precision"] = str(precision).removeprefix("torch.")
-    return {"method_over_baseline": told.pop("time_ratio"), **told, **asked, **figures, **data}
+    return {**told, **asked, **figures, **data}
 
 
-def training_steps(recipe: str, words: Sequence[str]) -> Work:
-    """A training step of a config, on batches of noise."""
+def training_steps(recipe: str, words: Sequence[str], rotates: bool = True) -> Work:
+    """A training step of a config, on batches of noise, with rotary positions turning queries and keys or not."""
     config = load_config(recipe, words)
     trainer = Trainer(config, unfrozen_length())
+    for network in trainer.method.modules():
+        if isinstance(network, ViT) and not rotates:
+            network.pos_encoding = "none"
     batches = cycle([resident(synthetic_batch(config, it), trainer.device) for it in range(4)])
     return lambda: trainer.step([next(batches)])
 
