@@ -56,7 +56,7 @@ def test_the_table_has_a_row_a_start_and_a_record_a_run():
     scores = {("a", 0.1): {0: 10.0, 1: 12.0}, ("b", 0.1): {0: 5.5}}
     table = worth_table(scores, ["a", "b"], SHARES, "what may be said")
     text = render(table, "md")
-    assert "| **a** | **11.0 ± 1.4 (n=2)** | – |" in text and "| **b** | **5.5** | – |" in text
+    assert "| a | 11.0 ± 1.4 (n=2) | – |" in text and "| b | 5.5 | – |" in text
     assert "what may be said" in text
     rows = render(table, "csv").splitlines()
     assert rows == ["start,share,images,seed,box_ap", "a,0.1,24,0,10.0", "a,0.1,24,1,12.0", "b,0.1,24,0,5.5"]

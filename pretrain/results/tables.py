@@ -24,7 +24,7 @@ NOT_COMPARABLE = "Not comparable with the published numbers."
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its source ("published", "measured", "heading"), whether it was scaled down, its cells."""
+    """One row: its source ("published", "measured", "plain", "heading"), whether it was scaled down, its cells."""
 
     source: str
     scaled: bool
