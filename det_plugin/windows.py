@@ -63,7 +63,7 @@ def windowed_attention(
     if isinstance(geometry, Rotation):
         qkv = torch.stack(attention.split(qkv, geometry)).permute(1, 3, 0, 2, 4).flatten(2)
     special, patches = qkv.split([qkv.shape[1] - height * width, height * width], dim=1)
-    added = attention.qkv.added
+    added = attention.added_bias
     padding = qkv.new_zeros(qkv.shape[2]) if added is None else added.to(qkv.dtype)
     parts = partition(patches.unflatten(1, windows.grid), padding, size)  # [B, n, size^2, 3 D]
     n_parts, n_special = parts.shape[1], special.shape[1]

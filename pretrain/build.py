@@ -16,7 +16,7 @@ from pretrain.weights.adapt import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
 # These are settings of a run, not of a network: an override cannot contradict the file.
-RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale", "rescale")
+RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
 
 
 class BackboneSettings(Settings):

@@ -37,7 +37,7 @@ from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.loader import TrainLoader
 from det_plugin.detectron2_engine.model import BFloat16RCNN, RegistryBackbone
 from det_plugin.detectron2_engine.optim import adamw
-from det_plugin.detectron2_engine.saved_config import plain
+from det_plugin.detectron2_engine.saved_config import plain, protocol_in
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
@@ -54,7 +54,7 @@ ON = dict(final_norm=True, keep_special_tokens=True)
 ODD = with_overrides(
     protocol("coco-12ep", TINY),
     dict(
-        max_iters=40, milestones=(10, 20, 30), lr_gamma=0.5, warmup_iters=5, warmup_factor=0.1, batch_size=3,
+        max_iters=40, patience=2, milestones=(10, 20, 30), lr_gamma=0.5, warmup_iters=5, warmup_factor=0.1, batch_size=3,
         eval_every=7, lr=2e-3, betas=(0.8, 0.95), weight_decay=0.2, layer_decay=0.6, drop_path=0.3, clip_grad=0.7,
         amp=False, image_size_px=100, jitter_scale=(0.3, 1.7), flip=0.25, pixel_mean=(1.0, 2.0, 3.0),
         pixel_std=(4.0, 5.0, 6.0), keep_special_tokens=False, final_norm=False, pyramid_scales=(2.0, 1.0, 0.5), channels=32,
@@ -172,6 +172,7 @@ def numbers_of(cfg):
     train_share, crowds = dataset.share, dataset.get("crowds", "ignored")
     masks, keep_empty = dataset.get("masks", "auto"), dataset.get("keep_empty", False)
     val_share = dataset.get("val_share", 0.0)
+    patience = protocol_in(cfg).patience  # of our loop, not of Detectron2's
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
@@ -211,6 +212,7 @@ def numbers_of(cfg):
         masks=masks,
         keep_empty=keep_empty,
         val_share=val_share,
+        patience=patience,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         keep_special_tokens=pyramid.net.options.keep_special_tokens,

@@ -221,7 +221,8 @@ def test_a_patch_without_a_position_has_no_box():
 
 
 def test_training_rescales_places_once_a_pass():
-    vit, (x, _, _) = small(rescale=2.0), crops()
+    vit, (x, _, _) = small(), crops()
+    vit.rescale = 2.0
     assert vit.draw_rescale() == 1.0 and small().train().draw_rescale() == 1.0
     vit.train()
     drawn = torch.stack([vit.draw_rescale() for _ in range(2000)]).log() / math.log(2)

@@ -585,7 +585,7 @@ def test_gradients_are_clipped(make, data):
 
 BAD = [
     (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
-    (dict(accumulate=0), "accumulate=0"),
+    (dict(accumulate=-1), "accumulate=-1"),
     (dict(max_iters=2), r"milestones=\(3,\) must be rising and within max_iters=2"),
     (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\)"),
     (dict(norm="GN"), "norm='GN'"),

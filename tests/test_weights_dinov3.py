@@ -125,7 +125,7 @@ def test_its_positions_and_its_bias_count(tmp_path):
             tokens = block(tokens, geometry=None)
         assert (vit.norm(tokens)[:, 5:] - expected).abs().max() > 0.1
         for block in vit.blocks:
-            block.attn.qkv.has_key_bias = True
+            block.attn.qkv.bias_mask.fill_(1.0)
             block.attn.qkv.bias[384:768] = 1.0
         assert (vit(x).patches - expected).abs().max() > 0.1
 
@@ -593,5 +593,5 @@ def test_a_position_field_cannot_be_made_of_it(tmp_path):
     from pretrain.weights.adapt import with_position_field
 
     found = read_checkpoint(saved(tmp_path, published(model_of())))
-    with pytest.raises(UserError, match="has no absolute positions"):
+    with pytest.raises(UserError, match="has rotary positions; set positions.encoding=rotary"):
         with_position_field(found, 50)

@@ -42,27 +42,19 @@ def choose_attention(name: str, relative_positions: bool = False) -> str:
     return "xformers"
 
 
-class Qkv(nn.Linear):
-    """The projection to queries, keys and values side by side; ``no_key``: the keys' part of its bias is not added."""
+class NoKeyBias(nn.Linear):
+    """The projection to queries, keys and values side by side, where the keys' part of the bias is not added."""
 
     bias_mask: Tensor  # [3 D]
 
-    def __init__(self, dim: int, bias: str) -> None:
-        super().__init__(dim, 3 * dim, bias=bias != "none")
-        self.has_key_bias = bias != "no_key"
-        if not self.has_key_bias:
-            self.register_buffer(
-                "bias_mask", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim), persistent=False
-            )
-
-    @property
-    def added(self) -> Tensor | None:
-        """The bias as it is added, [3 D]."""
-        return self.bias if self.has_key_bias or self.bias is None else self.bias * self.bias_mask
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim)
+        mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim)
+        self.register_buffer("bias_mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., 3 D]."""
-        return F.linear(x, self.weight, self.added)
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
 
 
 class Attention(nn.Module):
@@ -88,9 +80,15 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
-        self.qkv = Qkv(dim, qkv_bias)
+        has_bias = qkv_bias != "none"
+        self.qkv = NoKeyBias(dim) if qkv_bias == "no_key" else nn.Linear(dim, 3 * dim, bias=has_bias)
         self.proj = nn.Linear(dim, dim)
         self.rpe_k = RelativePositions(dim // num_heads) if relative_positions else None
+
+    @property
+    def added_bias(self) -> Tensor | None:
+        """The bias of queries, keys and values as it is added, [3 D]."""
+        return self.qkv.bias * self.qkv.bias_mask if isinstance(self.qkv, NoKeyBias) else self.qkv.bias
 
     def heads(self, x: Tensor, geometry: Geometry = None) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query, key, value, each [B, heads, N, D / heads]."""

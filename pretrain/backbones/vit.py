@@ -129,12 +129,16 @@ class ViT(nn.Module):
         swiglu: the MLP is gated (:class:`pretrain.backbones.block.SwiGlu`), ``mlp_ratio`` its hidden width to ``embed_dim``.
         cls_norm: [CLS] and registers have a final norm of their own.
         local_cls_norm: those of local crops have one while training (DINOv3's 7B and ViT-L of satellite images).
-        rescale: R: training multiplies rotary places by a factor, log-uniform in [1 / R, R], one a pass (DINOv3: 2). Of a
-            training, not of a network, as are ``drop_path`` and ``attention``.
+
+    Attributes:
+        rescale: R, which a training may set: it multiplies rotary places by a factor, log-uniform in [1 / R, R], one a
+            pass (DINOv3: 2).
 
     Raises:
         ValueError: an option that does not exist, by name.
     """
+
+    rescale = 1.0
 
     def __init__(
         self,
@@ -161,7 +165,6 @@ class ViT(nn.Module):
         swiglu: bool = False,
         cls_norm: bool = False,
         local_cls_norm: bool = False,
-        rescale: float = 1.0,
     ) -> None:
         super().__init__()
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
@@ -181,7 +184,7 @@ class ViT(nn.Module):
         added = dict(qkv_bias=qkv_bias, swiglu=swiglu, cls_norm=cls_norm, local_cls_norm=local_cls_norm)
         self.model_kwargs |= {key: value for key, value in added.items() if value not in (False, "all")}
         check_options(**{**self.model_kwargs, **added})
-        self.drop_path, self.rescale = drop_path, rescale
+        self.drop_path = drop_path
         self.checkpointing = "none"  # of packed passes, see :func:`pretrain.backbones.block.run_block`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)

@@ -98,7 +98,7 @@ class Features:
         found: list[Tensor] = []
         last, third = self.backbone.blocks[-1], ("queries", "keys", "values").index(which)
         assert isinstance(last, Block)
-        added = last.attn.qkv.added
+        added = last.attn.added_bias
         keep = lambda _, __, qkv: found.append(at_least_float32(qkv.chunk(3, dim=-1)[third]))  # noqa: E731
         with last.attn.qkv.register_forward_hook(keep):
             for _ in self._passes(images):

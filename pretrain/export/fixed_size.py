@@ -129,7 +129,7 @@ def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         if not key.startswith(NOT_PLAIN)
     }
     for i, block in enumerate(vit.blocks):
-        added: Any = block.attn.qkv.added  # type: ignore[union-attr]
+        added: Any = block.attn.added_bias  # type: ignore[union-attr]
         state[f"blocks.{i}.attn.qkv.bias"] = (
             vit.cls_token.new_zeros(3 * vit.embed_dim) if added is None else added
         )
