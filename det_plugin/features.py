@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.windows import Windows, global_blocks, windowed_block
-from pretrain.backbones.attention import Geometry, of_patches
+from pretrain.backbones.attention import Geometry, without_special
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import ViT
 
@@ -84,7 +84,7 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
         geometry = vit.geometry(grid)
         if not options.keep_special_tokens:
             tokens = tokens[:, vit.n_prefix :]
-            geometry = of_patches(geometry, vit.n_prefix)
+            geometry = without_special(geometry, vit.n_prefix)
         tokens = _run_blocks(vit, tokens, grid, geometry, options)
         if options.final_norm:
             tokens = vit.norm(tokens)

@@ -156,7 +156,7 @@ _SMALL = dict(lr=1e-4, layer_decay=0.7, drop_path=0.1)
 _BASE = dict(lr=3e-4, layer_decay=0.7, drop_path=0.1)
 _LARGE = dict(lr=3e-4, layer_decay=0.8, drop_path=0.4)
 _HUGE = dict(lr=3e-4, layer_decay=0.9, drop_path=0.5)
-SIZES: dict[str, dict[str, Any]] = {
+BY_SIZE: dict[str, dict[str, Any]] = {
     "tiny": _SMALL,
     "small": _SMALL,
     "small_plus": _SMALL,
@@ -191,7 +191,7 @@ def protocol(name: str, backbone: str, version: int | None = None) -> DetectionP
 
     Args:
         name: a key of :data:`PROTOCOLS`.
-        backbone: a registry name, ``vit_SIZE_patch...`` with a size of :data:`SIZES`.
+        backbone: a registry name, ``vit_SIZE_patch...`` with a size of :data:`BY_SIZE`.
         version: of a run of before; None: today's.
 
     Raises:
@@ -200,12 +200,12 @@ def protocol(name: str, backbone: str, version: int | None = None) -> DetectionP
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
     size = size_name(backbone)
-    if size not in SIZES:
-        known = ", ".join(SIZES)
+    if size not in BY_SIZE:
+        known = ", ".join(BY_SIZE)
         raise UserError(
             f"protocol: no learning rate is known for the backbone {backbone!r}; sizes are {known}"
         )
-    row = {"version": 1, **SIZES[size]}
+    row = {"version": 1, **BY_SIZE[size]}
     if version not in (None, row["version"]):
         if (size, version) not in EARLIER:
             raise UserError(f"protocol: {name!r} of {backbone} has no version {version}")

@@ -4,9 +4,8 @@ float16 where that costs nothing."""
 import torch
 from torch import Tensor
 
-FLOAT16_IS_FAST = (
-    "cuda",
-)  # devices that multiply float16 as fast as bfloat16; a CPU takes many times as long
+# Devices that multiply float16 as fast as bfloat16; a CPU takes many times as long
+FLOAT16_IS_FAST = ("cuda",)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

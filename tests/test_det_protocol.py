@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from det_plugin.protocol import (
+    BY_SIZE,
     PROTOCOLS,
-    SIZES,
     DetectionProtocol,
     deviations,
     n_share,
@@ -60,7 +60,7 @@ def test_numbers_of_each_size(size, lr, layer_decay, drop_path, version):
     backbone = f"vit_{size}_patch16_reg4"
     full = protocol("coco-12ep", backbone)
     assert (full.lr, full.layer_decay, full.drop_path, full.version) == (lr, layer_decay, drop_path, version)
-    assert set(SIZES) == set(vit.SIZES)
+    assert set(BY_SIZE) == set(vit.SIZES)
     assert deviations(full.model_copy(update={"drop_path": 0.2}), backbone) == {"drop_path": [drop_path, 0.2]}
     assert protocol("coco10pct-frozen-12ep", backbone).drop_path == 0
 

@@ -173,7 +173,7 @@ def test_a_vit_l_of_before_goes_on_with_its_drop_path_and_layer_decay(engine, tm
     how = dict(old_runs.SMALL_DET, engine=engine, device="cpu", workers=0, model_kwargs=small)
     how |= dict(backbone="vit_large_patch16", data=tmp_path / "coco", is_sure=True)
     with monkeypatch.context() as patch:
-        patch.setitem(protocol.SIZES, "large", protocol.EARLIER["large", 1])
+        patch.setitem(protocol.BY_SIZE, "large", protocol.EARLIER["large", 1])
         file = train.finetune(output=tmp_path / "run", **how)
     file.unlink()  # as if it had been killed before
     result = read_result(train.finetune(output=tmp_path / "run", resume=True, **how))

@@ -14,7 +14,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from det_plugin.features import FeatureOptions, detection_features
 from pretrain.analysis.attention import last_layer
-from pretrain.backbones.attention import Attention, of_patches
+from pretrain.backbones.attention import Attention, without_special
 from pretrain.backbones.block import run_block
 from pretrain.backbones.position import sample_field
 from pretrain.backbones.rotary import Rotation, behind_special, frequencies, rotate, rotation
@@ -318,7 +318,7 @@ def test_detection_features_are_the_feature_map():
         tokens, grid = vit.embed(x)
         tokens = tokens[:, 5:]
         for block in vit.blocks:
-            tokens = block(tokens, geometry=of_patches(vit.geometry(grid), 5))
+            tokens = block(tokens, geometry=without_special(vit.geometry(grid), 5))
         expected = vit.norm(tokens).transpose(1, 2).unflatten(2, grid)
         torch.testing.assert_close(detection_features(vit, x, bare), expected)
 

@@ -57,7 +57,7 @@ def features(path, x, **options):
     return torch.cat([t if t.ndim == 3 else t[:, None] for t in build_backbone(path, **options).eval()(x)], 1)
 
 
-def equal(found, expected):
+def assert_equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def saved(folder, content, name=LVD):
 def test_features_equal_transformers(tmp_path, config, size):
     model, x = model_of(**config), image(*size)
     path = saved(tmp_path, published(model))
-    equal(features(path, x), theirs(model, x))
+    assert_equal(features(path, x), theirs(model, x))
     found = read_checkpoint(path)
     assert found.backbone == ("vit_small_plus_patch16_reg4" if config else "vit_small_patch16_reg4")
     assert found.provenance == {"source": "dinov3", "method": "DINOv3", "license": "DINOv3 License"}
@@ -139,7 +139,7 @@ def test_published_biases_are_zero_and_masked(tmp_path):
     file = published(model, "released")
     file["blocks.0.attn.qkv.bias"] = torch.randn(3 * 384)  # its mask is zero
     path = saved(tmp_path, {key: value.bfloat16() if "mask" in key else value for key, value in file.items()})
-    equal(features(path, x), theirs(model, x))
+    assert_equal(features(path, x), theirs(model, x))
 
 
 def test_heads_are_those_of_the_periods(tmp_path):
@@ -147,7 +147,7 @@ def test_heads_are_those_of_the_periods(tmp_path):
     model, x = model_of(**GATED, **UNBIASED, num_attention_heads=3), image()
     own = {f"local_cls_norm.{kind}": torch.randn(384) for kind in ("weight", "bias")}
     path = saved(tmp_path, published(model, None) | own)
-    equal(features(path, x), theirs(model, x))
+    assert_equal(features(path, x), theirs(model, x))
     vit = build_backbone(path)
     assert vit.model_kwargs["num_heads"] == 3 and vit.model_kwargs["qkv_bias"] == "none"
     assert torch.equal(vit.local_cls_norm.weight, own["local_cls_norm.weight"])
@@ -160,7 +160,7 @@ def test_a_norm_of_the_special_tokens(tmp_path):
     norm, model.norm = model.norm, torch.nn.Identity()
     tokens = theirs(model, x)
     special = torch.nn.functional.layer_norm(tokens[:, :5], (384,), *own.values(), eps=1e-5)
-    equal(found, torch.cat([special, norm(tokens[:, 5:])], 1).detach())
+    assert_equal(found, torch.cat([special, norm(tokens[:, 5:])], 1).detach())
 
 
 def test_without_a_mask_every_bias_counts(tmp_path):
@@ -172,7 +172,7 @@ def test_without_a_mask_every_bias_counts(tmp_path):
         biases = [state[f"layer.{i}.attention.{letter}_proj.bias"] for letter in "qkv"]
         file[f"blocks.{i}.attn.qkv.bias"] = torch.cat(biases)
     path = saved(tmp_path, file)
-    equal(features(path, x), theirs(model, x))
+    assert_equal(features(path, x), theirs(model, x))
     assert read_checkpoint(path).model_kwargs["qkv_bias"] == "all"
 
 
@@ -231,7 +231,7 @@ def test_training(tmp_path, form):
             read_checkpoint(tmp_path / "99")
         format_utils.dcp_to_torch_save(tmp_path / "99", path)
     for name in ("teacher", "student") if form == "distributed" else ("teacher",):
-        equal(features(path, image(), subnet=name), theirs(models[name], image()))
+        assert_equal(features(path, image(), subnet=name), theirs(models[name], image()))
         told = read_checkpoint(path, subnet=name).provenance
         assert (told["method"], told["subnet"]) == ("DINOv3", name)
     if form == "evaluation":
@@ -393,7 +393,7 @@ def test_folders(tmp_path, config):
     folder = hub(tmp_path / "hub", model)
     expected = theirs(model, x)
     for path in (folder, folder / "model.safetensors"):
-        equal(features(path, x), expected)
+        assert_equal(features(path, x), expected)
     found = read_checkpoint(folder)
     assert found.provenance == {"source": "huggingface", "method": "DINOv3", "license": "DINOv3 License"}
     bias = "all" if "key_bias" in config else "none" if "query_bias" in config else "no_key"
@@ -408,10 +408,10 @@ def test_names_in_memory_and_parts(tmp_path, config):
     expected = theirs(model, x)
     torch.save(model.state_dict(), tmp_path / "a.pth")  # model.layer.N
     assert "model.layer.0.norm1.weight" in model.state_dict()
-    equal(features(tmp_path / "a.pth", x), expected)
+    assert_equal(features(tmp_path / "a.pth", x), expected)
     parts = hub(tmp_path / "parts", model, max_shard_size="5MB")
     assert len(list(parts.glob("model-*.safetensors"))) > 1
-    equal(features(parts, x), expected)
+    assert_equal(features(parts, x), expected)
 
 
 def test_its_backbone_class(tmp_path):
@@ -419,7 +419,7 @@ def test_its_backbone_class(tmp_path):
     with torch.no_grad():
         expected = model(x).feature_maps[-1]
         found = build_backbone(hub(tmp_path / "hub", model)).eval().feature_map(x)
-    equal(found, expected)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("told", [dict(rope_theta=100), dict(pos_embed_jitter=2.0, pos_embed_shift=0.5)])
@@ -427,7 +427,7 @@ def test_what_changes_nothing_at_inference(tmp_path, told):
     model = model_of()
     folder = hub(tmp_path / "hub", model)
     edit_config(folder, **told)
-    equal(features(folder, image()), theirs(model, image()))
+    assert_equal(features(folder, image()), theirs(model, image()))
 
 
 def edit_config(folder, **changes):
@@ -528,7 +528,7 @@ TIMM = [f"vit_small{plus}_patch16_dinov3{bias}" for plus in ("", "_plus") for bi
 def test_timm(tmp_path, name):
     model, x = timms(name), image()
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    equal(features(tmp_path / "a.pth", x), of_timm(model, x))
+    assert_equal(features(tmp_path / "a.pth", x), of_timm(model, x))
     found = read_checkpoint(tmp_path / "a.pth")
     assert found.model_kwargs["qkv_bias"] == ("no_key" if "qkvb" in name else "none")
     assert found.provenance == {"source": "timm", "method": "a", "license": "DINOv3 License"}

@@ -160,13 +160,13 @@ class Attention(nn.Module):
         return (logits if added is None else logits + added).softmax(-1)
 
 
-def of_patches(geometry: Geometry, n_special: int) -> Geometry:
-    """Without the special tokens, which stand first."""
+def without_special(geometry: Geometry, n_special: int) -> Geometry:
+    """Of the patches alone; the special tokens stand first."""
     if isinstance(geometry, Rotation):
         return Rotation(*(t[:, n_special:] for t in geometry))
     return None if geometry is None else geometry[n_special:, n_special:]
 
 
 def buckets_of(geometry: Geometry) -> Tensor | None:
-    """What relative positions add to logits by."""
+    """[N, N] of relative positions; None of others."""
     return None if isinstance(geometry, Rotation) else geometry

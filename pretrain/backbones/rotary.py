@@ -57,26 +57,24 @@ def rotation(
     Returns:
         of [V, h * w, head_dim / 2], row-major.
     """
-    boxes = at_least_float32(boxes)
-    low, high = boxes[:, :2], boxes[:, 2:]
-    x = patch_centers(low[:, 0], high[:, 0], grid[1], flips)
-    y = patch_centers(low[:, 1], high[:, 1], grid[0])
+    boxes, (height, width) = at_least_float32(boxes), grid
+    x = patch_centers(boxes[:, 0], boxes[:, 2], width, flips)
+    y = patch_centers(boxes[:, 1], boxes[:, 3], height)
     scale = 2 * math.pi * rescale * frequencies(head_dim, boxes.device, boxes.dtype)  # [d / 4]
     # Sines of each axis alone; the grid only repeats them. [V, h or w, d / 4]
     of_axis = [(2 * places - 1).unsqueeze(-1) * scale for places in (y, x)]
     parts = []
     for function, masked in ((torch.cos, 1.0), (torch.sin, 0.0)):
         of_y, of_x = (function(angles) for angles in of_axis)
-        views, (height, width), n = len(boxes), grid, head_dim // 4
         both = of_y.unsqueeze(2).expand(-1, -1, width, -1), of_x.unsqueeze(1).expand(-1, height, -1, -1)
-        values = torch.cat(both, -1).view(views, height * width, 2 * n)
+        values = torch.cat(both, -1).flatten(1, 2)  # [V, h * w, d / 2]
         if position_mask is not None:
             values = values.masked_fill(position_mask.unsqueeze(-1), masked)
         parts.append(values)
     return Rotation(*parts)
 
 
-def of_patches(patches: Rotation, visible: Tensor) -> Rotation:
+def of_visible(patches: Rotation, visible: Tensor) -> Rotation:
     """The angles of some patches, ``visible`` [B, n] long, in this order."""
     index = visible.unsqueeze(-1).expand(-1, -1, patches.cos.shape[-1])
     cos, sin = (t.expand(len(visible), -1, -1).gather(1, index) for t in patches)

@@ -18,8 +18,7 @@ from pretrain.backbones.attention import QKV_BIASES, Geometry, Shapes, choose_at
 from pretrain.backbones.block import GELUS, Block, run_block
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS, resample_grid, sample_field
 from pretrain.backbones.relative import relative_buckets
-from pretrain.backbones.rotary import behind_special, of_patches, rotation
-from pretrain.precision import at_least_float32
+from pretrain.backbones.rotary import behind_special, of_visible, rotation
 from pretrain.registry import BACKBONES
 
 POS_ENCODINGS = ("field", "standard", "rotary", "none")
@@ -42,7 +41,7 @@ class ViewGroup(NamedTuple):
     content_mask: Tensor | None = None  # [B, N]
     position_mask: Tensor | None = None  # [B, N]
     visible: Tensor | None = None  # [B, n]
-    is_local: bool = False
+    is_local: bool = False  # last: it is for the final norm alone
 
 
 class PatchEmbed(nn.Module):
@@ -243,6 +242,11 @@ class ViT(nn.Module):
         return bool(self.model_kwargs.get("swiglu", False))
 
     @property
+    def qkv_bias(self) -> str:
+        """Which of queries, keys and values have a bias: one of :data:`pretrain.backbones.attention.QKV_BIASES`."""
+        return str(self.model_kwargs.get("qkv_bias", "all"))
+
+    @property
     def n_prefix(self) -> int:
         """Tokens before the first patch: [CLS], if there is one, and the registers."""
         return self.has_cls + self.n_registers
@@ -302,12 +306,12 @@ class ViT(nn.Module):
         if self.pos_encoding != "rotary":
             return None
         if boxes is None:  # the whole image
-            boxes = at_least_float32(self.patch_embed.proj.weight).new_tensor([[0, 0, 1, 1]])
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
         boxes = boxes.to(device, torch.promote_types(self.patch_embed.proj.weight.dtype, torch.float32))
         flips = None if flips is None else flips.to(device)
         head_dim = self.embed_dim // self.model_kwargs["num_heads"]
         angles = rotation(boxes, grid, head_dim, flips, position_mask, rescale)
-        return behind_special(angles if visible is None else of_patches(angles, visible), self.n_prefix)
+        return behind_special(angles if visible is None else of_visible(angles, visible), self.n_prefix)
 
     def draw_rescale(self) -> Tensor | float:
         """The factor of a pass on rotary places."""
@@ -399,7 +403,7 @@ class ViT(nn.Module):
         Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one
         group after the other.
         """
-        embedded, grids = zip(*(self.embed(*group[:6]) for group in groups))  # each [B, n, D] and (h, w)
+        embedded, grids = zip(*(self.embed(*group[:-1]) for group in groups))  # each [B, n, D] and (h, w)
         rescale = self.draw_rescale()
         geometry = [
             self.geometry(grid, of.boxes, of.flips, of.position_mask, of.visible, rescale)

@@ -112,7 +112,7 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     has_positions = vit.pos_encoding not in ("none", "rotary")
     square = "a ViT learns a square grid; give one side, or take --format timm" if has_positions else ""
     side, state = whole_patches(vit, size, square)[0], plain_state(vit, size)
-    if model_kwargs.get("qkv_bias") == "none":
+    if vit.qkv_bias == "none":
         state = {key: value for key, value in state.items() if not key.endswith("qkv.bias")}
     if has_positions:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation

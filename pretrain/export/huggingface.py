@@ -104,7 +104,7 @@ def _dinov3_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         parts = {key: value}
         if ".attn.qkv." in key:
             parts = {key.replace("qkv", letter): part.clone() for letter, part in zip("qkv", value.chunk(3))}
-            absent = {"no_key": "k", "none": "qkv"}.get(own.get("qkv_bias", "all"), "")
+            absent = {"no_key": "k", "none": "qkv"}.get(vit.qkv_bias, "")
             parts = {
                 name: part for name, part in parts.items() if not (name[-4:] == "bias" and name[-6] in absent)
             }
@@ -195,10 +195,9 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
         config["intermediate_size"] = hidden_width(vit)
         return {**config, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
     if name == "DINOv3ViTModel":
-        biases = model_kwargs.get("qkv_bias", "all")
         own = dict[str, Any](pos_embed_rescale=None, rope_theta=BASE)
-        own |= {f"{part}_bias": biases != "none" for part in ("query", "value")}
-        own |= {"key_bias": biases == "all", "use_gated_mlp": vit.is_gated, "layerscale_value": 1.0}
+        own |= {f"{part}_bias": vit.qkv_bias != "none" for part in ("query", "value")}
+        own |= {"key_bias": vit.qkv_bias == "all", "use_gated_mlp": vit.is_gated, "layerscale_value": 1.0}
         own |= {"num_register_tokens": vit.n_registers, "intermediate_size": hidden_width(vit)}
         own |= {"hidden_act": "silu"} if vit.is_gated else {}
         del config["qkv_bias"]

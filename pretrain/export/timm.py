@@ -50,7 +50,7 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
     if vit.pos_encoding == "rotary":
         aligned = {"swiglu_align_to": ALIGNED} if vit.is_gated else {}
         own = {"num_reg_tokens": vit.n_registers, "global_pool": "token"}
-        return {**arguments, **own, **aligned, "qkv_bias": _has_bias(vit)}
+        return {**arguments, **own, **aligned, "qkv_bias": vit.qkv_bias != "none"}
     if vit.n_registers:
         arguments["reg_tokens"] = vit.n_registers
     if _embeds_patches_alone(vit):
@@ -81,7 +81,7 @@ def _rotary_state(vit: ViT, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in plain.items():
         if key.endswith("attn.qkv.bias"):
             query, _, rest = value.chunk(3)
-            biases = {"q_bias": query.clone(), "v_bias": rest.clone()} if _has_bias(vit) else {}
+            biases = {"q_bias": query.clone(), "v_bias": rest.clone()} if vit.qkv_bias != "none" else {}
             state |= {key.replace("qkv.bias", name): part for name, part in biases.items()}
         elif vit.is_gated and ".fc1." in key:
             gate, up = value.chunk(2)
@@ -92,10 +92,6 @@ def _rotary_state(vit: ViT, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scales = (f"blocks.{i}.gamma_{n}" for i in range(len(vit.blocks)) for n in (1, 2))
         state |= {name: torch.ones(vit.embed_dim) for name in scales}
     return state
-
-
-def _has_bias(vit: ViT) -> bool:
-    return vit.model_kwargs.get("qkv_bias", "all") != "none"
 
 
 def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -110,7 +106,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
 
     is_rotary, own = vit.pos_encoding == "rotary", vit.model_kwargs
     departures = {
-        "with rotary positions and a bias of the keys": is_rotary and own.get("qkv_bias", "all") == "all",
+        "with rotary positions and a bias of the keys": is_rotary and vit.qkv_bias == "all",
         "with rotary positions and the tanh GELU": is_rotary and own["gelu"] == "tanh" and not vit.is_gated,
         "with rotary positions and no [CLS] or no final norm": is_rotary
         and not (vit.has_cls and own["final_norm"]),
