@@ -638,7 +638,8 @@ def described(settings: Settings | type[Settings]) -> dict[str, tuple[str, ...]]
         settings: a model; or settings, whose values stand in place of the defaults.
     """
     model = settings if isinstance(settings, type) else type(settings)
-    values, found = {} if isinstance(settings, type) else flat(settings), {}
+    values = {} if isinstance(settings, type) else flat(settings)
+    found = dict[str, tuple[str, ...]]()
     for key, info, _ in fields(model):
         if _flag(info, "settable"):
             default = values.get(key, info.get_default(call_default_factory=True))
