@@ -6,7 +6,7 @@ describes the settings of everything: ``docs/settings.md``.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from det_plugin import protocol as detection
@@ -119,7 +119,7 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}={in_words(value)}`" for key, value in values.items()) or "the table above"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table; no bar divides a cell, and no tag is read in it."""
     cells = ([cell.replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in rows)
     lines = [head, ("---",) * len(head), *cells]
