@@ -62,7 +62,8 @@ class Block(NamedTuple):
         starts = {line.split()[0] for line in lines if line.strip()}
         if self.language not in SHELLS and (self.language or not starts & {*PROGRAMS}):
             return []
-        return [words for line in lines if (words := without_variables(shlex.split(line, comments=True)))]
+        parts = [part for line in lines for part in re.split(r"\s&&\s", line)]
+        return [words for part in parts if (words := without_variables(shlex.split(part, comments=True)))]
 
 
 def without_variables(words: list[str]) -> list[str]:
