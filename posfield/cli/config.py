@@ -73,7 +73,7 @@ def _pretraining() -> Iterator[str]:
             f"`{layer.name.removeprefix('recipe ')}`" for layer in layers[:-1] if "variant" not in layer.name
         ]
         stands = [f"stands on {', '.join(base)}"] if (base := [b for b in below if b != f"`{name}`"]) else []
-        yield f"#### `{name}`\n\n{', '.join([f'Method `{_method(model)}`', *stands])}.\n"
+        yield f"#### {name}\n\n{', '.join([f'Method `{_method(model)}`', *stands])}.\n"
         yield _table(("key", "value", "why"), rows)
         for variant in recipe_info(name).variants:
             yield f"Where {_values(variant.when)}: {_values(variant.then)}.\n"

@@ -79,7 +79,9 @@ def export(
     """
     path = Path(path)
     written = _checked_target(format, size, path)
-    told = f"format: {format} has no {type(vit).__name__}, but the plain ViT alone; take torch, onnx or posfield"
+    told = (
+        f"format: {format} has no {type(vit).__name__}, but the plain ViT alone; take torch, onnx or posfield"
+    )
     ensure(type(vit) is ViT or format not in OF_LIBRARIES, told)
     vit.eval()
     # A program's bytes hold the name that it is written under
