@@ -141,6 +141,8 @@ def read(name: str, words: list[str]) -> argparse.Namespace:
     Raises:
         UserError: no such command, option or key, or a value that the key does not take.
     """
+    if name == "--help":
+        return argparse.Namespace()
     if name not in COMMANDS:
         raise UserError(f"posfield has no command {name!r}")
     inner: list[str] = []
