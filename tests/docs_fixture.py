@@ -38,7 +38,20 @@ NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 SHELLS = ("bash", "sh", "console", "shell")
 PROGRAMS = ("posfield", "python", "python3", "torchrun", "make", "pip", "pytest", "docker")
 # Programs that are not ours, and words of a shell
-OTHERS = (".", "cd", "conda", "docker", "export", "git", "mkdir", "nvidia-smi", "source", "tar", "unzip", "apt-get")
+OTHERS = (
+    ".",
+    "cd",
+    "conda",
+    "docker",
+    "export",
+    "git",
+    "mkdir",
+    "nvidia-smi",
+    "source",
+    "tar",
+    "unzip",
+    "apt-get",
+)
 LAUNCHER = "$DETECTRON2_SRC/tools/lazyconfig_train_net.py"
 
 
@@ -220,8 +233,12 @@ def check_command(words: list[str]) -> None:
         if missing := [name for name in files if not list(ROOT.glob(name))]:
             raise UserError(f"no file {missing[0]}")
     elif words[0] == "pip" or words[1:3] == ["-m", "pip"] or words[1:3] == ["-m", "venv"]:
-        extras = {e for word in words for found in re.findall(r"\[([\w,]+)\]", word) for e in found.split(",")}
-        if unknown := sorted(extra for extra in extras if f"\n{extra} =" not in (ROOT / "setup.cfg").read_text()):
+        extras = {
+            e for word in words for found in re.findall(r"\[([\w,]+)\]", word) for e in found.split(",")
+        }
+        if unknown := sorted(
+            extra for extra in extras if f"\n{extra} =" not in (ROOT / "setup.cfg").read_text()
+        ):
             raise UserError(f"setup.cfg has no extra {unknown[0]}")
     elif words[:2] == ["python", LAUNCHER]:
         if not (ROOT / words[words.index("--config-file") + 1]).is_file():
@@ -259,7 +276,7 @@ def with_options(words: list[str], **values: object) -> list[str]:
             at = words.index(option)
             words = [*words[: at + 1], str(value), *words[at + 2 :]]
         else:
-            words = [*words[:1], option, str(value), *words[1:]]
+            words = [option, str(value), *words]
     return words
 
 
@@ -275,7 +292,9 @@ def tiny_pretrain(words: list[str]) -> list[str]:
     options = read("pretrain", words)
     if options.resume and not (options.config or options.start):
         return words
-    recipe = options.config or ("own-images" if options.start else "own-images-scratch" if options.data else None)
+    recipe = options.config or (
+        "own-images" if options.start else "own-images-scratch" if options.data else None
+    )
     known = flat(load_config(recipe).model_dump())
     has_start = options.start or any(word.startswith("backbone.weights=") for word in words)
     of_file = ("backbone.", "positions.") if has_start else ()

@@ -28,7 +28,10 @@ from pretrain.errors import UserError
 needs_mkdocs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install 'posfield[docs]'"
 )
-TEXTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted(DOCS.rglob("*.md"))]
+TEXTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 QUICK = ("quickstart-photographs.md", "quickstart-labels.md")
 ALL = [block for path in TEXTS for block in blocks(path)]
 # What a page may lead to outside the site
@@ -68,11 +71,15 @@ def site(tmp_path_factory):
 @needs_mkdocs
 def test_every_page_is_in_the_site_and_fetches_nothing_from_elsewhere(site):
     built = {path: Links(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
-    assert {path.relative_to(site).with_suffix(".md") for path in built} == {p.relative_to(DOCS) for p in pages()}
+    assert {path.relative_to(site).with_suffix(".md") for path in built} == {
+        p.relative_to(DOCS) for p in pages()
+    }
     for path, page in built.items():
         for address in page.loaded:
             parts = urlsplit(address)
-            assert not parts.netloc and (path.parent / unquote(parts.path)).exists(), f"{path.name}: {address}"
+            assert not parts.netloc and (path.parent / unquote(parts.path)).exists(), (
+                f"{path.name}: {address}"
+            )
         for address in page.links:
             parts = urlsplit(address)
             if parts.scheme:
