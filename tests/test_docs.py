@@ -15,7 +15,9 @@ from docs_fixture import (
     ROOT,
     blocks,
     check_command,
+    check_mention,
     made_tiny,
+    mentions,
     pages,
     posfield_words,
     split_name,
@@ -120,10 +122,19 @@ def test_every_command_exists_with_its_options_and_keys():
                 check_command(words)
             except (UserError, StopIteration) as error:
                 wrong.append(f"{block.where} {' '.join(words)}: {error!r}")
+    for path in TEXTS:
+        for words in mentions(path):
+            try:
+                check_mention(words)
+            except UserError as error:
+                wrong.append(f"{path.relative_to(ROOT)} posfield {' '.join(words)}: {error}")
     assert not wrong, "\n".join(wrong)
     for bad in ("posfield pretrain --nothing", "posfield detect --output x nothing=1", "make nothing"):
         with pytest.raises(UserError):
             check_command(bad.split())
+    for bad in ("pretend", "detect --nothing"):
+        with pytest.raises(UserError):
+            check_mention(bad.split())
 
 
 def test_every_block_of_python_compiles():
