@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import re
 import shlex
 import shutil
@@ -107,6 +108,13 @@ def blocks(path: Path) -> Iterator[Block]:
             before = ""
 
 
+def mentions(path: Path) -> list[list[str]]:
+    """The words of the commands of ``posfield`` that a text names between backticks, outside its blocks."""
+    prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", path.read_text())
+    found = [code.replace("\n", " ") for code in re.findall(r"`(posfield [^`]+)`", prose)]
+    return [shlex.split(code)[1:] for code in found]
+
+
 def pages() -> list[Path]:
     """The pages of the site, in the order of its navigation."""
 
@@ -154,30 +162,62 @@ def read(name: str, words: list[str]) -> argparse.Namespace:
     Raises:
         UserError: no such command, option or key, or a value that the key does not take.
     """
+    if name == "--help":
+        return argparse.Namespace()
     if name not in COMMANDS:
         raise UserError(f"posfield has no command {name!r}")
     inner: list[str] = []
     if name in ("submit", "compare", "worth") and "--" in words:
         words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
+    found = parsed(name, [*words, *["--", "x"] * (name == "submit")])[1]
+    if not any(word in ("-h", "--help") for word in words):
+        check_settings(name, found)
+    if name == "submit" and inner[0] in COMMANDS:
+        read(*split_name([word.replace("{index}", "0") for word in inner]))
+    return found
+
+
+def parsed(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser of a command, and what it made of the words.
+
+    Raises:
+        UserError: it does not take them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for method in ("parse_args", "parse_intermixed_args"):
             parse = getattr(argparse.ArgumentParser, method)
 
             def stop(self, arguments, parse=parse):
-                raise _Read(parse(self, arguments))
+                raise _Read(self, parse(self, arguments) if words else argparse.Namespace())
 
             patch.setattr(argparse.ArgumentParser, method, stop)
         try:
-            load_tool(name).main([*words, *["--", "x"] * (name == "submit")])
+            load_tool(name).main(words)
         except _Read as found:
-            options = found.args[0]
+            return found.args  # type: ignore[return-value]
         except SystemExit as end:
             raise UserError(f"posfield {name} does not take {shlex.join(words)}") from end
-    if not any(word in ("-h", "--help") for word in words):
-        check_settings(name, options)
-    if name == "submit" and inner[0] in COMMANDS:
-        read(*split_name([word.replace("{index}", "0") for word in inner]))
-    return options
+    raise AssertionError(f"posfield {name} has no parser")
+
+
+@functools.cache
+def options_of(name: str) -> frozenset[str]:
+    """The options that a command has."""
+    return frozenset(parsed(name, ["--", "x"] if name == "submit" else [])[0]._option_string_actions)
+
+
+def check_mention(words: list[str]) -> None:
+    """Raises UserError where a command in prose, which may be a part of one, names a command or options that there are
+    not. Words in capitals stand for any."""
+    name, rest = split_name(words)
+    if words[0].isupper() or words[0].startswith("-") or words[-1] in (*GROUPS, "...") and len(words) <= 2:
+        return
+    if name not in COMMANDS:
+        raise UserError(f"posfield has no command {name!r}")
+    rest = rest[: rest.index("--")] if "--" in rest else rest
+    named = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    if unknown := sorted(named - options_of(name) - {"--traceback"}):
+        raise UserError(f"posfield {name} has no option {unknown[0]}")
 
 
 def check_settings(name: str, options: argparse.Namespace) -> None:
@@ -261,9 +301,9 @@ def write_world(folder: Path) -> None:
             write_photos(folder / "IMAGENET" / part / f"n{number}", n=3, seed=number)
     for registers, name in ((0, "dinov2_vits14"), (4, "dinov2_vits14_reg4")):
         saved(folder, published(registers=registers)[0], f"{name}_pretrain.pth")
-    for run in ("mine", "b16", "s16"):
-        (folder / "runs" / run).mkdir(parents=True)
-        write_weights(folder / "runs" / run)
+    for run in ("mine", "runs/mine", "runs/b16", "runs/s16"):
+        (folder / run).mkdir(parents=True)
+        write_weights(folder / run)
 
 
 def with_options(words: list[str], **values: object) -> list[str]:
