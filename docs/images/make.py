@@ -4,7 +4,14 @@ from pathlib import Path
 
 import torch
 
-from pretrain.analysis.figures import bare, crops_figure, grid_of_axes, masks_figure, rectangles, scales_figure
+from pretrain.analysis.figures import (
+    bare,
+    crops_figure,
+    grid_of_axes,
+    masks_figure,
+    rectangles,
+    scales_figure,
+)
 from pretrain.analysis.pca import as_colors, principal_components
 from pretrain.backbones.position import sample_field, started_field
 from pretrain.config import load_config
@@ -42,17 +49,23 @@ def field_figure(sample, big, small):
     colors = as_colors(scores).T.unflatten(1, (50, 50)).unsqueeze(0)
     views, crops = sample.views, [*big, *small]
     figure, axes = grid_of_axes(2, 1 + len(crops), (1.9 * (1 + len(crops)), 4.0))
-    bare(axes[0, 0], "the field P, 50 x 50, as colors").imshow(colors[0].permute(1, 2, 0), extent=(0, 1, 1, 0))
+    bare(axes[0, 0], "the field P, 50 x 50, as colors").imshow(
+        colors[0].permute(1, 2, 0), extent=(0, 1, 1, 0)
+    )
     shown = [*range(len(big)), *range(views.n_global, views.n_global + len(small))]
     rectangles(axes[0, 0], views.position_boxes[0, shown], views.n_global)
     axes[1, 0].set_axis_off()
     for column, (k, crop) in enumerate(zip(shown, crops), 1):
         side = crop.shape[-1] // 16
-        read = sample_field(colors, views.position_boxes[0, k : k + 1], (side, side), views.flips[0, k : k + 1])
+        read = sample_field(
+            colors, views.position_boxes[0, k : k + 1], (side, side), views.flips[0, k : k + 1]
+        )
         name = f"{'global' if k < views.n_global else 'local'}{', flipped' if views.flips[0, k] else ''}"
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         bare(axes[0, column], name).imshow((crop.permute(1, 2, 0) * std + mean).clamp(0, 1))
-        bare(axes[1, column], f"its {side} x {side} positions").imshow(read[0].unflatten(0, (side, side)).clamp(0, 1))
+        bare(axes[1, column], f"its {side} x {side} positions").imshow(
+            read[0].unflatten(0, (side, side)).clamp(0, 1)
+        )
     return figure
 
 
