@@ -42,9 +42,9 @@ endif
 demo: setup
 	$(BIN)/python tools/demo.py --output $(DEMO)
 
-# Strict: a link, an anchor or a page that does not exist ends the build.
+# Strict: a link, an anchor or a page that does not exist ends the build. The variable silences an advertisement.
 docs: setup
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .
