@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,8 @@ def finetune(
         compile: ``torch.compile`` of the blocks, for speed.
         data_changed: go on though the data are others than before (:mod:`pretrain.data.digest`), which is marked.
         is_sure: a protocol made for COCO may run in full on few images.
-        fields: of the protocol (``crowds``, ``val_share``, ...), changed; values may be text. ``epochs``, or ``max_iters``
-            alone, sets the whole schedule in the protocol's proportions. What is not given, the data say: the number
-            of classes, whether there are masks to learn; and on other classes than COCO's number of them, images
-            without objects are negatives (``keep_empty``).
+        fields: of the protocol, changed, as values or text. ``epochs``, or ``max_iters`` alone, sets the whole schedule in
+            proportion. The data say what is not given: ``num_classes``, ``masks``, on other classes ``keep_empty``.
 
     Returns:
         path of ``result.json``. A finished run is left as it is.
@@ -94,17 +93,20 @@ def finetune(
     """
     try:
         module = engine_module(engine, Path(output))
-        how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
-        how |= dict(checkpointing=checkpointing, compile=compile, is_sure=is_sure)
-        how["model_kwargs"] = model_kwargs or {}
+        how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate, is_sure=is_sure)
+        how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
         name = backbone_name(backbone, None if weights is None else Path(weights))
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
-        more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
-        lock = run_lock(output, getattr(module, "newest_checkpoint", None))
-        with lock, explained_shortage(more, f"give --workers below {workers} and go on with --resume"):
+        with run_lock(output, getattr(module, "newest_checkpoint", None)), _shortage(accumulate, workers):
             return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
     finally:
         distributed.stop()
+
+
+def _shortage(accumulate: int, workers: int) -> AbstractContextManager[None]:
+    """Around what may run out of memory: the error says the way on."""
+    more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
+    return explained_shortage(more, f"give --workers below {workers} and go on with --resume")
 
 
 def settings_of(
