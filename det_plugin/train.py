@@ -93,9 +93,9 @@ def finetune(
     """
     try:
         module = engine_module(engine, Path(output))
-        how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate, is_sure=is_sure)
-        how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
-        name = backbone_name(backbone, None if weights is None else Path(weights))
+        how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
+        how |= dict(checkpointing=checkpointing, compile=compile, is_sure=is_sure)
+        how["model_kwargs"], name = model_kwargs or {}, backbone_name(backbone, weights)
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
         with run_lock(output, getattr(module, "newest_checkpoint", None)), _shortage(accumulate, workers):
             return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
