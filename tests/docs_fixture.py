@@ -301,6 +301,7 @@ def write_world(folder: Path) -> None:
             write_photos(folder / "IMAGENET" / part / f"n{number}", n=3, seed=number)
     for registers, name in ((0, "dinov2_vits14"), (4, "dinov2_vits14_reg4")):
         saved(folder, published(registers=registers)[0], f"{name}_pretrain.pth")
+    (folder / "W").mkdir()
     for run in ("mine", "runs/mine", "runs/b16", "runs/s16"):
         (folder / run).mkdir(parents=True)
         write_weights(folder / run)
