@@ -21,6 +21,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PINNED) "pip>=23" "setuptools<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation $(PINNED) --editable ".[det,seg,dev]"
+	# mmengine and mmcv-lite require the OpenCV for desktops, which needs libGL; the last one installed is the one that is imported.
+	$(BIN)/pip install --quiet $(PINNED) --force-reinstall --no-deps opencv-python-headless
 	# yapf (of mmengine) caches its grammar without a lock: ranks that import it first at one time would read a half-written file.
 	$(BIN)/python -c "import yapf"
 	touch $@
