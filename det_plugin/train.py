@@ -97,7 +97,7 @@ def finetune(
         more = f"give --accumulate {2 * accumulate}, or --checkpointing, and go on with --resume"
         lock = run_lock(output, getattr(module, "newest_checkpoint", None))
         with lock, explained_shortage(more, f"give --workers below {workers} and go on with --resume"):
-            return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
+            return plan.ended(module.train(run, resume, data_changed=data_changed))
     finally:
         distributed.stop()
 

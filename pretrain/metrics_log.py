@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -255,12 +255,16 @@ class Speed:
         Args:
             of: what the time is of, where it is not all.
         """
-        if self.done != ESTIMATE_AT:
+        eta_s = self.eta_s(left_iters)
+        if self.done != ESTIMATE_AT or eta_s is None:
             return ""
-        return f"estimate: {in_words(self.eta_s(left_iters))} left{of}, at {self.img_per_s:.1f} img/s"
+        return f"estimate: {in_words(eta_s)} left{of}, at {self.img_per_s:.1f} img/s"
 
-    def eta_s(self, left_iters: int) -> float:
-        """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far."""
+    def eta_s(self, left_iters: int) -> float | None:
+        """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far; None while the first
+        iterations of the process would be all that it goes by."""
+        if self.done <= WARM_ITERS:
+            return None
         seconds, _ = self._rates()
         return left_iters * (seconds + self.paused_s / max(self.done, 1))
 
@@ -273,9 +277,8 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def describe(losses: Mapping[str, float], names: Iterable[str], speed: Speed, device: torch.device) -> str:
-    """One line: ``loss`` and its terms (``names``), img/s, share of data wait, memory."""
-    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in names if name in losses)
+def describe(speed: Speed, device: torch.device, lr: float, epoch: str = "") -> str:
+    """The numbers of a training beside its losses, in one line: epoch, lr, img/s, share of data wait, peak memory."""
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
-    loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
-    return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
+    of_speed = f"{speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
+    return f"{f'epoch {epoch}  ' if epoch else ''}lr {lr:.1e}  {of_speed}  {memory}"

@@ -28,10 +28,47 @@ def weights(tmp_path_factory):
     return save_backbone(path, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
 
 
-def test_import_is_light():
-    """`import posfield` and `posfield --help` load no torch."""
-    code = "import sys, posfield, posfield.cli; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+WITHOUT_TORCH = "pretrain detect segment embed table report submit benchmark config toy-data demo".split()
+HELP = """
+import contextlib, io, sys, posfield.cli
+for name in sys.argv[1:]:
+    sys.argv = ["posfield", *name.split(), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        posfield.cli.main()
+    assert told.getvalue().startswith("usage: posfield")
+"""
+
+
+def loaded(code, *words):
+    """The packages that a fresh Python has loaded behind ``code``."""
+    line = [
+        sys.executable,
+        "-c",
+        f"{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})",
+        *words,
+    ]
+    return set(subprocess.check_output(line, text=True).split())
+
+
+def test_only_what_is_needed_is_loaded():
+    """What costs a start: torch 2 s, its compiler (by torchvision or scipy's friends) another 2, mmseg 4."""
+    assert not loaded("import sys, posfield, posfield.cli") & {"torch", "pydantic", "rich", "numpy"}
+    heavy = {
+        "torch",
+        "torchvision",
+        "matplotlib",
+        "scipy",
+        "tensorboard",
+        "mmengine",
+        "mmseg",
+        "transformers",
+    }
+    assert not loaded(HELP, *WITHOUT_TORCH) & heavy
+    started = loaded("import sys, pretrain.train, det_plugin.train")
+    assert started & (heavy | {"sympy", "triton", "detectron2"}) == {"torch"}
+
+
+def test_the_functions_of_the_face():
     assert set(posfield.__all__) <= set(dir(posfield))
     for name in posfield.__all__:
         assert callable(getattr(posfield, name)) and getattr(posfield, name).__doc__

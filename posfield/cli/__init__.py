@@ -9,7 +9,7 @@ from pretrain.cli import run
 COMMANDS = {
     "pretrain": ("pretrain.cli.train_ssl", "pre-train a backbone on images"),
     "detect": ("det_plugin.cli.train", "fine-tune a detector: COCO and data in its format"),
-    "segment": ("seg_plugin.cli.train", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
+    "segment": ("posfield.cli.segment", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
     "data check": ("posfield.cli.check", "what is in a labeled set, boxes or masks, and what is odd"),
     "predict": ("posfield.cli.predict", "detect objects in your images with a run of detect"),
     "embed": ("pretrain.cli.embed", "one vector an image, as .npz"),

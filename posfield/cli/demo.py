@@ -9,16 +9,31 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, run
 from typing import NamedTuple
 
-from posfield.cli.ablation import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.cli import command, command_parser
 from pretrain.errors import UserError
+from pretrain.results import renamed
 
 SHOW_EVERY_S = 15
 METHODS = {"intertwined": "toy", "dinov2": "toy_dinov2"}
-# A scaled-down protocol, as the ablation has one for detection: minutes on two CPU cores, marked as such in the table
+# Scaled-down data and protocols: minutes on two CPU cores, marked as such in the table
+DATA = "--train 480 --val 80 --size 128".split()
+DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
+    anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
+    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
+    detections_per_image=30""".split()
+QUICK_DATA = "--images 64 --train 32 --val 12 --size 96".split()
+QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.workers=0".split()
+QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
 SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 ratio_range=0.75,1.5
     batch_size=8 max_iters=350 lr=5e-4 val_every=350""".split()
 QUICK_SEGMENTATION = "max_iters=10 val_every=10".split()
+
+
+def last(*settings: list[str]) -> list[str]:
+    """key=value words, of each key the last one, whether by its name or by the one that it had before."""
+    parts = [word.partition("=") for words in settings for word in words]
+    words = {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}
+    return list(words.values())
 
 
 class Stage(NamedTuple):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, explained_shortage, one_line
-from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +116,8 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
     Raises:
         UserError: a word without ``=``, or a key that is given twice.
     """
+    from pretrain.settings import plain, split_words  # loads pydantic, half of the time of `posfield --help`
+
     fields = split_words(words)
     given = {key: fields.pop(key) for key in list(fields) if key.startswith("backbone.")}
     for key, option in (("backbone.name", "backbone"), ("backbone.weights", "weights")):

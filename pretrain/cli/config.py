@@ -7,8 +7,6 @@ schema of its method's settings, by which editors complete and check YAML files.
 import json
 
 from pretrain.cli import command_parser
-from pretrain.config import load_config, resolved
-from pretrain.settings import json_schema, printed
 
 
 def main(arguments: list[str]) -> None:
@@ -19,6 +17,9 @@ def main(arguments: list[str]) -> None:
     add("words", nargs="*", metavar="key=value", help="changes, e.g. optim.batch_size=64")
     add("--schema", action="store_true", help="print the JSON schema of its method's settings instead")
     options = parser.parse_intermixed_args(arguments)
+    from pretrain.config import load_config, resolved  # loads torch
+    from pretrain.settings import json_schema, printed
+
     config = options.name, options.words
     if options.schema:
         print(json.dumps(json_schema(resolved(*config)[0])))
