@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, missing_package
 from pretrain.files import replacing, write_text, writing
 from pretrain.log import in_words
 from pretrain.settings import Settings, setting
@@ -108,7 +109,9 @@ class MetricsLog:
             truncate_lines(path, start_iter)
             self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
-        if tensorboard:
+        if tensorboard and find_spec("tensorboard") is None:
+            print(f"no TensorBoard: {missing_package('tensorboard')}", file=sys.stderr)
+        elif tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             if threading.excepthook is threading.__excepthook__:

@@ -11,7 +11,15 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, explained_shortage, one_line
+from pretrain.errors import (
+    DiskError,
+    Interrupted,
+    UserError,
+    disk_problem,
+    explained_shortage,
+    missing_package,
+    one_line,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +49,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         with explained_shortage("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
     # OSError names the file; of a loss the run has said where
-    except (UserError, OSError, FloatingPointError) as error:
-        if show_traceback:
+    except (UserError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        told = missing_package(error.name or "") if isinstance(error, ModuleNotFoundError) else str(error)
+        if show_traceback or not told:
             raise
-        told = str(error)
         if way := isinstance(error, OSError) and disk_problem(error):
             told = way
         if way or isinstance(error, DiskError):
