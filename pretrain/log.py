@@ -118,7 +118,8 @@ def quiet_s() -> float:
 
 
 def in_columns(terms: Mapping[str, float], columns: int) -> str:
-    """Losses by name in one line of at most so many columns: names lose ``loss_`` (and ``decode.``), then as many letters as they must."""
+    """Losses by name in one line of at most so many columns: of names stays what is behind the last dot and ``loss_``, and of
+    that as many letters as fit."""
     named = [(name.rpartition(".")[2].removeprefix("loss_"), value) for name, value in terms.items()]
     for letters in range(max((len(name) for name, _ in named), default=0), 0, -1):
         line = "  ".join(f"{name[:letters]} {value:.3f}" for name, value in named)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pretrain.cli import REQUEUE_CODE, command, command_parser
 from pretrain.errors import Interrupted, UserError
+from pretrain.log import ProgressLine
 from pretrain.results import renamed
 
 SHOW_EVERY_S = 15
@@ -104,9 +105,8 @@ class Shown:
     :data:`SHOW_EVERY_S`."""
 
     def __init__(self) -> None:
-        from pretrain.log import ProgressLine  # loads rich
-
-        self.line, self.new, self.last_s = None, ProgressLine, time.time()
+        self.line: ProgressLine | None = None
+        self.last_s = time.time()
         self.is_terminal = sys.stderr.isatty()
 
     def take(self, said: str) -> bool:
@@ -120,7 +120,7 @@ class Shown:
         if self.is_terminal:
             if self.line is None or self.line.title != title:
                 self.close()
-                self.line = self.new(title, int(total), int(done))
+                self.line = ProgressLine(title, int(total), int(done))
             self.line.update(int(done), note, None)
         elif is_due:
             print(f"    {said.strip()}", flush=True)
