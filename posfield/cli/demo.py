@@ -152,6 +152,7 @@ def run_stage(stage: Stage, log: Path) -> None:
 
         def pass_on(number: int, _: object) -> None:
             asked.append(signal.Signals(number).name)
+            print("stopping as soon as the stage has saved; again: at once", file=sys.stderr, flush=True)
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
         before = {number: signal.signal(number, pass_on) for number in STOPS}
