@@ -1,5 +1,5 @@
 # make setup   .venv with everything from PyPI, and Detectron2 from $WHEELHOUSE where a wheel lies there
-# make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
+# make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report; QUICK=1: 3 minutes
 # make test    lint, types, import contracts, tests
 # make test-slow  the slow ones
 # make soak    a pre-training killed twenty times equals one that was not; SLURM (apt-get install slurm-wlm munge), two machines
@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WHEELHOUSE ?= $(HOME)/wheels
 CONSTRAINTS ?= constraints.txt
-DEMO ?= demo
+QUICK ?=
+DEMO ?= $(if $(QUICK),demo_quick,demo)
 JOBS ?= 2
 BIN := $(VENV)/bin
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
@@ -41,7 +42,7 @@ else
 endif
 
 demo: setup
-	$(BIN)/python tools/demo.py --output $(DEMO)
+	$(BIN)/python tools/demo.py --output $(DEMO) $(if $(QUICK),--quick)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -62,6 +63,6 @@ soak: setup
 # What make made, and nothing else that lies there
 clean:
 	test ! -e "$(VENV)/.installed" || rm -rf "$(VENV)"
-	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
+	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data photographs logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
 	test ! -d "$(DEMO)" || rmdir --ignore-fail-on-non-empty "$(DEMO)"
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache posfield.egg-info

@@ -118,13 +118,25 @@ def quiet_s() -> float:
 
 
 def in_columns(terms: Mapping[str, float], columns: int) -> str:
-    """Losses by name in one line of at most so many columns: names lose ``loss_``, then as many letters as they must."""
-    named = [(name.removeprefix("loss_"), value) for name, value in terms.items()]
+    """Losses by name in one line of at most so many columns: of names stays what is behind the last dot and ``loss_``, and of
+    that as many letters as fit."""
+    named = [(name.rpartition(".")[2].removeprefix("loss_"), value) for name, value in terms.items()]
     for letters in range(max((len(name) for name, _ in named), default=0), 0, -1):
         line = "  ".join(f"{name[:letters]} {value:.3f}" for name, value in named)
         if len(line) <= columns:
             return line
     return "  ".join(f"{value:.3g}" for _, value in named)[:columns]
+
+
+def in_lines(note: str, columns: int) -> list[str]:
+    """A note, whose parts stand two spaces apart, in lines of at most so many columns, if a part allows it."""
+    lines = list[str]()
+    for part in note.split("  "):
+        if lines and len(lines[-1]) + 2 + len(part) <= columns:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 class _Display(RichProgress):
@@ -184,8 +196,9 @@ class ProgressLine:
         times += ["done"] if is_last else [] if eta_s is None else [f"{in_words(eta_s)} left"]
         self.told = time.time()
         if self.bar is not None:
-            losses = in_columns(terms, self.console.width) if terms else ""
-            self.bar.lines = tuple(line for line in (losses, note) if line)
+            width = self.console.width
+            lines = [in_columns(terms or {}, width), *in_lines(note, width)]
+            self.bar.lines = tuple(line for line in lines if line)
             self.bar.update(self.task, completed=done, total=self.total, time=", ".join(times))
         else:
             told = [

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain import log as log_module
 from pretrain import metrics_log
 from pretrain.errors import UserError
-from pretrain.log import ProgressLine, in_columns, in_words, log, warnings_into
+from pretrain.log import ProgressLine, in_columns, in_lines, in_words, log, warnings_into
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 
 CPU = torch.device("cpu")
@@ -201,7 +201,8 @@ def test_losses_fit_their_columns():
         in_columns(losses, 80)
         == "loss 3.250  classi 0.500  box_re 0.500  mask 0.500  object 0.500  rpn_bo 0.500"
     )
-    assert in_columns({}, 80) == ""
+    assert in_columns({}, 80) == "" and in_columns({"decode.loss_ce": 1.0}, 80) == "ce 1.000"
+    assert in_lines("epoch 1/3  lr 1.0e-04  5 img/s", 20) == ["epoch 1/3", "lr 1.0e-04  5 img/s"]
 
 
 def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):

@@ -71,7 +71,7 @@ def test_it_is_the_wheel_and_finds_its_configs_by_name(home):
 
 
 def test_the_demo_and_what_follows_it(home):
-    posfield(home, "demo", "--quick")
+    posfield(home, "demo", "--quick", "--output", "demo")
     demo, backbone = home / "empty" / "demo", "demo/pretrain_intertwined/backbone.safetensors"
     assert (demo / "report.html").stat().st_size > 100_000
     assert (demo / "table.md").read_text().count("scaled down") > 4

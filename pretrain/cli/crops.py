@@ -25,12 +25,15 @@ def main(arguments: list[str]) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a pre-training run")
     parser.add_argument("--images", type=int, default=4, help="pictures a figure (%(default)s)")
+    told = "other images than those that the run trained on: anything that data.root may be"
+    parser.add_argument("--pictures", metavar="PATH", help=told)
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
     # Both paths make the same crops.
-    config = load_saved(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"], options.trust)
+    words = ["data.workers=0", "data.path=cpu", *[f"data.root={options.pictures}"] * bool(options.pictures)]
+    config = load_saved(options.run / "config.yaml", words, options.trust)
     draw(options.run, config, options.images)
     print(f"figures in {options.run / 'figures'}")
 
