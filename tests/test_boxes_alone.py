@@ -20,7 +20,7 @@ from det_plugin.augment import boxes_of_objects, jitter
 from det_plugin.coco.annotations import Data
 from det_plugin.coco.masks import coco_api
 from det_plugin.coco.metrics import coco_metrics, in_words
-from det_plugin.figures import GAP_PX, HEADER_PX, SIDE_PX, color_of, draw_page
+from det_plugin.figures import SIDE_PX, color_of, draw_page
 from det_plugin.predict import load_detector
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
@@ -29,6 +29,7 @@ from det_plugin.torchvision_engine.loader import TrainSamples, to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.train import settings_of
+from pretrain.analysis.picture_pages import GAP_PX, HEADER_PX
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results import read_result
