@@ -15,6 +15,7 @@ from det_plugin.coco.masks import boxes_of
 from det_plugin.coco.metrics import Prediction
 from pretrain.analysis.colors import distinct_colors
 from pretrain.analysis.picture_pages import Cell, Color, font, save_page
+from pretrain.errors import UserError
 from pretrain.results.runs import PREDICTED
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
@@ -46,16 +47,29 @@ def draw_page(
     path: Path,
     min_score: float = MIN_SCORE,
 ) -> Path:
-    """Write a PNG with ground truth and predictions of some images, side by side, and its caption."""
-    cells, names, kinds = [], dict(zip(split.category_ids, split.class_names)), set[int]()
+    """Write a PNG with ground truth and predictions of some images, side by side, and its caption.
+
+    Raises:
+        UserError: none of the images can be read. A few that cannot are left out, and the caption names them.
+    """
+    cells, names, kinds = list[Cell](), dict(zip(split.category_ids, split.class_names)), set[int]()
+    broken: list[str] = []
     for picture in pictures:
         mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= min_score]
-        cells.append(Cell(picture.file_name, "ground truth", _truth(split, picture)))
-        image, geometry = _resized(split.load(picture), SIDE_PX)
+        try:
+            image, geometry = _resized(split.load(picture), SIDE_PX)
+        except UserError:
+            if len(broken) + 1 == len(pictures):
+                raise
+            broken.append(picture.file_name)
+            continue
         found = shown(mine, geometry, names)
+        truth = draw_objects(image, _annotated(split, picture, geometry))
+        cells.append(Cell(picture.file_name, "ground truth", truth))
         cells.append(Cell(picture.file_name, PREDICTED, draw_objects(image, found)))
         kinds |= {*picture.classes, *(thing.kind for thing in found)}
     caption = f"Detections of score {min_score:g} and more, beside the pictures with their annotations."
+    caption += f" Not readable: {', '.join(broken)}." if broken else ""
     legend = [(split.class_names[kind], color_of(kind)) for kind in sorted(kinds)]
     title = "Detections beside ground truth"
     return save_page(path, cells, 2 * COLUMNS, title=title, caption=caption, legend=legend)
@@ -143,15 +157,14 @@ def _shared(a: Corners, b: Corners) -> float:
     return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
 
 
-def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
-    image, geometry = _resized(split.load(picture), SIDE_PX)
+def _annotated(split: CocoSplit, picture: Picture, geometry: Geometry) -> list[Shown]:
     objects = []
     for kind, segmentation, box in zip(picture.classes, picture.segmentations, picture.boxes):
         mask = geometry.mask(segmentation).astype(bool) if segmentation else None
         corners = geometry.boxes([box]) if mask is None else boxes_of(mask[None])
         x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
-    return draw_objects(image, objects)
+    return objects
 
 
 def draw_entries(

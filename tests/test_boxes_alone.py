@@ -514,6 +514,22 @@ def test_pictures_of_boxes_alone_show_boxes(boxes, tmp_path):
     assert np.array_equal(cv2.imread(str(file)), pages[1])
 
 
+def test_a_broken_picture_does_not_stop_a_page(root, tmp_path):
+    split = read(root, "val", False, masks="off")
+    files = [root / "val2017" / picture.file_name for picture in split.pictures]
+    files[0].write_bytes(b"no picture")
+    captions = json.loads(
+        draw_page(split, split.pictures, [], tmp_path / "page.png").with_name("captions.json").read_text()
+    )
+    assert captions["page.png"]["caption"].endswith(f"Not readable: {files[0].name}.")
+    rows = [cell["row"] for cell in captions["page.png"]["cells"]]
+    assert rows == [file.name for file in files[1:] for _ in range(2)]
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=files[-1].name):
+        draw_page(split, split.pictures, [], tmp_path / "none.png")
+
+
 def test_a_run_with_masks_is_evaluated_on_boxes_alone(boxes, pristine, tmp_path):
     run = DetectionRun(
         TINY, None, pristine, tmp_path / "run", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1)
