@@ -81,7 +81,7 @@ def stages(folder: Path, quick: bool = False) -> list[Stage]:
             line = command(task, *where, "--resume", *protocol)
             steps.append(Stage(f"{title} {method}", budget_s, line))
     for method in METHODS:
-        line = command("analyze crops", folder / f"pretrain_{method}", "--pictures", photographs)
+        line = command("analyze crops", folder / f"pretrain_{method}", "--data", photographs)
         steps.append(Stage(f"draw {method}", 10, line))
     runs = [folder / f"{task}_{method}" for task in ("pretrain", "detect", "segment") for method in METHODS]
     table, page = folder / "table.md", folder / "report.html"
