@@ -1,5 +1,6 @@
 # make setup   .venv with everything from PyPI, and Detectron2 from $WHEELHOUSE where a wheel lies there
 # make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report; QUICK=1: 3 minutes
+# make docs    the documentation, into site/
 # make test    lint, types, import contracts, tests
 # make test-slow  the slow ones
 # make soak    a pre-training killed twenty times equals one that was not; SLURM (apt-get install slurm-wlm munge), two machines
@@ -14,14 +15,14 @@ BIN := $(VENV)/bin
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 DETECTRON2_WHEEL := $(lastword $(sort $(wildcard $(WHEELHOUSE)/detectron2-*.whl)))
 
-.PHONY: setup demo test lint test-slow soak clean
+.PHONY: setup demo docs test lint test-slow soak clean
 
 setup: $(VENV)/.installed detectron2
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PINNED) "pip>=23" "setuptools<81" wheel
-	$(BIN)/pip install --quiet --no-build-isolation $(PINNED) --editable ".[det,seg,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation $(PINNED) --editable ".[det,seg,dev,docs]"
 	# mmengine and mmcv-lite require the OpenCV for desktops, which needs libGL; the last one installed is the one that is imported.
 	$(BIN)/pip install --quiet $(PINNED) --force-reinstall --no-deps opencv-python-headless
 	# yapf (of mmengine) caches its grammar without a lock: ranks that import it first at one time would read a half-written file.
@@ -44,6 +45,10 @@ endif
 demo: setup
 	$(BIN)/python tools/demo.py --output $(DEMO) $(if $(QUICK),--quick)
 
+# Strict: a link, an anchor or a page that does not exist ends the build. The variable silences an advertisement.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,4 +70,5 @@ clean:
 	test ! -e "$(VENV)/.installed" || rm -rf "$(VENV)"
 	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data photographs logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
 	test ! -d "$(DEMO)" || rmdir --ignore-fail-on-non-empty "$(DEMO)"
+	test ! -e site/sitemap.xml || rm -rf site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache posfield.egg-info

@@ -149,6 +149,6 @@ def leave_result(
         **origin,
     }
     if begins:
-        planned(**fields)
+        planned(run.output, **fields)
         return run.output / FILE_NAME
     return write_result(finished(**fields), run.output)

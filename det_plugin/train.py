@@ -70,8 +70,13 @@ def finetune(
         protocol: a key of :data:`det_plugin.protocol.PROTOCOLS`.
         engine: ``auto`` | ``detectron2`` | ``torchvision``.
         resume: continue from the folder's last checkpoint, if there is one.
-        model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
-            :class:`det_plugin.run.DetectionRun`.
+        model_kwargs: further arguments of ``build_backbone``.
+        seed: of all that is drawn.
+        device: ``auto`` | ``cpu`` | ``cuda``.
+        workers: data-loading processes of a rank.
+        accumulate: micro-batches a step; 0: as few as fit into the GPU's memory. The schedule does not change.
+        checkpointing: blocks are computed again in the backward pass, for memory.
+        compile: ``torch.compile`` of the blocks, for speed.
         data_changed: go on though the data are others than before (:mod:`pretrain.data.digest`), which is marked.
         is_sure: a protocol made for COCO may run in full on few images.
         fields: of the protocol (``crowds``, ``val_share``, ...), changed; values may be text. ``epochs``, or ``max_iters``

@@ -56,7 +56,8 @@ def build_backbone(
             say it, and then the weights may stand in its place.
         weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. It
             determines the network (registers, LayerScale, position encoding, grid, depth, ...).
-        source, subnet: those of :func:`pretrain.weights.read_checkpoint`; None: the file tells them.
+        source: whose file it is, as :func:`pretrain.weights.read_checkpoint` takes it; None: the file tells it.
+        subnet: ``teacher`` or ``student`` of a file that holds both; None: the one that is usually taken.
         overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``,
             ...). Another ``patch_size`` than the file's resamples the patch projection
             (:mod:`pretrain.weights.adapt`).

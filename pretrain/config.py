@@ -81,7 +81,7 @@ def load_config(path: str | Path | None = None, words: Changes = ()) -> Any:
     settings = build(*resolved(path, words))
     if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
         method = _method_in(_recipe(settings.recipe))
-        if find_method(method) is not find_method(settings.method):
+        if not issubclass(find_method(settings.method), find_method(method)):
             other = f"is of method={method}, not of {settings.method}"
             raise UserError(f"config: recipe={settings.recipe} {other}; take another")
     return settings
@@ -314,6 +314,9 @@ def _deviations(settings: TrainSettings, info: RecipeInfo) -> dict[str, list[Any
     reference = build(model, [*_recipe(settings.recipe), *_variants(model, said, info), own])
     no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}
     found = {key: pair for key, pair in differences(reference, settings).items() if key not in no_part}
+    method = _method_in(_recipe(settings.recipe)) if settings.recipe else settings.method
+    if find_method(method) is not find_method(settings.method):  # one that stands on the recipe's
+        found["method"] = [method, Path(settings.method).stem]
     if info.backbones:
         found.pop("backbone.name", None)
         if settings.backbone.name not in info.backbones:

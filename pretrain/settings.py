@@ -631,6 +631,50 @@ def _readable(text: str) -> str:
     return re.sub(f"[^{taken}]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def described(settings: Settings | type[Settings]) -> dict[str, tuple[str, ...]]:
+    """{dotted key: its type and range, its default, what it means, where the default is from}, for people.
+
+    Args:
+        settings: a model; or settings, whose values stand in place of the defaults.
+    """
+    model = settings if isinstance(settings, type) else type(settings)
+    values = {} if isinstance(settings, type) else flat(settings)
+    found = dict[str, tuple[str, ...]]()
+    for key, info, _ in fields(model):
+        if _flag(info, "settable"):
+            default = values.get(key, info.get_default(call_default_factory=True))
+            value = "required" if info.is_required() else f"`{in_words(default)}`"
+            source = str((info.json_schema_extra or {}).get("source", "ours"))  # type: ignore[union-attr]
+            found[key] = (
+                kind_and_range(info),
+                value,
+                (info.description or "").removesuffix(f" [{source}]"),
+                source,
+            )
+    return found
+
+
+def in_words(value: Any) -> str:
+    """A value as a command line and YAML take it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_words, value))}]"
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to", "multiple_of": "a multiple of"}
+
+
+def kind_and_range(info: Any) -> str:
+    """What a pydantic field takes: ``a number, from 0 to 1``."""
+    limits, parts = list(info.metadata), typing.get_args(info.annotation)
+    if typing.get_origin(info.annotation) is tuple:  # of its items
+        limits += getattr(parts[0], "__metadata__", ())
+    limits += [inner for limit in limits for inner in getattr(limit, "metadata", ())]
+    bounds = {name: getattr(limit, name, None) for name in BOUNDS for limit in limits if hasattr(limit, name)}
+    said = " ".join(f"{BOUNDS[name]} {bound}" for name, bound in bounds.items() if bound is not None)
+    return ", ".join(filter(None, [_kind_name(info.annotation).replace("UTF-8 ", ""), said]))
+
+
 def json_schema(model: type[Settings]) -> dict[str, Any]:
     """The JSON schema of a YAML file of settings, with ``base``, for editors that complete and check it."""
     schema = _without_marks(model.model_json_schema())

@@ -299,7 +299,7 @@ class Run:
         weights = config.backbone.weights
         self.started_from = metadata(weights) if weights and is_main else {}
         if is_main:
-            planned(**self.result(before))
+            planned(Path(config.run.output), **self.result(before))
         self.folder.mkdir(parents=True, exist_ok=True)
         log, is_sharded = config.log, trainer.ranks.is_sharded
         self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, is_sharded, log.async_checkpoints)

@@ -17,6 +17,7 @@ from pretrain.methods import TrainSettings, find_method
 from pretrain.methods.method import LossTerms, Progress
 from pretrain.optim import OptimSettings, clip_gradients, empty_state, set_schedules
 from pretrain.parallel import Ranks
+from pretrain.registry import BACKBONES
 from pretrain.schedules import cosine, scaled_lr, warmup_cosine
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
@@ -172,6 +173,7 @@ class Trainer:
         state = {k: distributed.whole(v) for k, v in state.items()}
         if not distributed.is_main():
             return None
-        whole = ViT(**backbone.model_kwargs).to(self.device, self.dtype)
+        whole: ViT = BACKBONES.get(self.config.backbone.name)(**backbone.model_kwargs)
+        whole = whole.to(self.device, self.dtype)
         whole.load_state_dict(state)
         return whole

@@ -36,14 +36,15 @@ PARTS = {"training": "train", "validation": "val"}  # the protocol's words, the 
 
 
 class Dataset(NamedTuple):
-    """A data set: the name of its protocol, and its kind (:data:`pretrain.data.datasets.KINDS`)."""
+    """A data set: the name of its protocol, and its kind (:func:`pretrain.data.datasets.kinds`)."""
 
     protocol: str
     kind: str
     counts: tuple[int, int] | None = None  # images of training and validation, where they are known
 
 
-# Counts are from MMSegmentation's configs and the data sets' own descriptions.
+# Counts are from MMSegmentation's configs and the data sets' own descriptions. A module that POSFIELD_IMPORT names adds
+# its own here, and its protocol to PROTOCOLS.
 DATASETS = {
     "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000)),
     "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449)),
@@ -179,7 +180,8 @@ class PosfieldLabels(BaseSegDataset):
         self.labels = label_set(
             dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks)
         )
-        palette = get_palette(kind.partition("2012")[0]) if kind != "folder" else []
+        known = kind.partition("2012")[0]
+        palette = get_palette(known) if known in ("ade20k", "voc", "cityscapes") else []
         metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
         # With data_root it would join both
         prefix = {"img_path": self.labels.folder, "seg_map_path": ""}

@@ -92,7 +92,9 @@ class PosfieldRunHook(Hook):
         self.labels = labels.description
         self.deviations = deviations(cfg, model_kwargs, size) | digest.run_deviation(Path(runner.work_dir))
         if is_main_process():
-            planned(**self._result(runner, {"iou": dict.fromkeys(labels.classes, 0.0)}))
+            planned(
+                Path(runner.work_dir), **self._result(runner, {"iou": dict.fromkeys(labels.classes, 0.0)})
+            )
             self.folder = Path(runner.work_dir)
             self.log = self.folder / "metrics.jsonl"
             write_json(self.folder / SETTINGS_FILE, self.identity)

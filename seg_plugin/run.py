@@ -92,7 +92,14 @@ def prepare(
         data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own (:mod:`pretrain.data.datasets`).
         backbone: registry name; a file of ours says it itself.
         dataset: a key of :data:`seg_plugin.data.DATASETS`; None: what the folder looks like.
-        weights, masks, seed, device, workers, model_kwargs, is_sure: as :class:`SegmentationRun`.
+        output: run folder.
+        weights: the backbone's checkpoint; None: random initialization.
+        masks: how masks of your own data are read.
+        seed: of all that is drawn.
+        device: ``auto`` | ``cpu`` | ``cuda``.
+        workers: data-loading processes.
+        model_kwargs: further arguments of ``build_backbone``.
+        is_sure: the protocol may be far too long for the data.
         fields: of the protocol (:class:`seg_plugin.protocol.SegmentationProtocol`), as values or text.
 
     Raises:
@@ -123,7 +130,23 @@ def go_on(output: str | Path, data_changed: bool = False, **changes: Any) -> Pat
 def finetune(
     data: str | Path, *, output: str | Path, resume: bool = False, data_changed: bool = False, **options: Any
 ) -> Path:
-    """Fine-tune a segmenter; the arguments are :func:`prepare`'s, the rest :func:`train`'s."""
+    """Fine-tune a segmenter, on all processes of torchrun together.
+
+    Args:
+        data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own images and masks.
+        output: run folder.
+        resume: continue from the folder's last checkpoint, if there is one.
+        data_changed: continue though the data are others than before, which is marked.
+        options: those of :func:`seg_plugin.run.prepare`, and fields of the protocol.
+
+    Returns:
+        path of ``result.json``. A finished run is left as it is.
+
+    Raises:
+        UserError: bad settings or data; the folder holds another run.
+        FloatingPointError: a loss is not finite.
+        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
+    """
     return train(prepare(data, output=output, **options), resume, data_changed)
 
 

@@ -20,6 +20,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Runner, Stage, runner
 from pretrain.results import Protocol, Result, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
+from pretrain.results.folder import unnamed
 from pretrain.results.render import render
 from pretrain.settings import flat
 
@@ -425,6 +426,7 @@ def test_the_command_ends_in_a_table_of_all_rows(tmp_path, fake_tools, capsys):
         "intertwined, s of the image",
     ]
     assert len((tmp_path / "ablation.csv").read_text().splitlines()) == 6
+    assert not unnamed(tmp_path, "ablation")
     TOOL["main"](["--output", str(tmp_path)])
     assert len(fake_tools.ran) == 30
 

@@ -23,6 +23,7 @@ from pretrain.cli import REQUEUE_CODE, run
 from pretrain.data.decode import decode
 from pretrain.errors import Interrupted, UserError
 from pretrain.results import read_result
+from pretrain.results.folder import unnamed
 from pretrain.views.pixels import crop_resize, normalize
 from pretrain.weights import save_backbone
 
@@ -172,6 +173,7 @@ def test_results(analyzed):
 
 def test_figures_and_the_page(analyzed):
     output, _ = analyzed
+    assert not unnamed(output, "analysis")
     names = {"statistics", "heads_nmi", "heads_mad", "queries_01", "queries_02", "masks", "scales"}
     assert {path.stem for path in (output / "figures").glob("*.png")} == names
     for name in names:

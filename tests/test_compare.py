@@ -30,6 +30,7 @@ from pretrain.files import write_json
 from pretrain.jobs import compare
 from pretrain.jobs.compare_config import Comparison, Entry, load_comparison, name_of
 from pretrain.jobs.runner import gpu_groups
+from pretrain.results.folder import unnamed
 from pretrain.results.provenance import file_hash
 from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.rows import backbone_family
@@ -626,6 +627,8 @@ def test_tables_are_written_of_what_is_done(work, capsys):
     capsys.readouterr()
     work("--tables")
     assert work.calls() == {f"two/{DET}": 1, f"two/{SEG}": 1} and (work.out / "c.tex").is_file()
+    left = [name for name in unnamed(work.out, "compare") if not name.endswith("calls")]  # of the stand-in
+    assert not left
     assert capsys.readouterr().out.startswith("**Table 1a of the paper")
     for file in (work.folder / "w").iterdir():
         file.unlink()

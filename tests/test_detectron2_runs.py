@@ -33,6 +33,7 @@ from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results import read_result
+from pretrain.results.folder import unnamed
 
 pytestmark = pytest.mark.detectron2
 
@@ -263,6 +264,7 @@ def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
     net = LazyConfig.load(str(folder / "config_resolved.yaml")).model.backbone.net
     assert net.weights is None and {key: net[key] for key in FIELD} == FIELD
     before = path.read_bytes()
+    assert not unnamed(folder, "detection")
     assert train(run) == path and path.read_bytes() == before  # it is over: nothing to do
     with pytest.raises(UserError, match=r"other settings \(.*optimizer.lr"):
         train(toy_run(folder, coco, weights, lr=0.5))

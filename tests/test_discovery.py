@@ -25,6 +25,7 @@ from pretrain.data.box_sets import read_boxes, read_voc_xml
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.discovery import METHODS, box_of, component, discover, lost, tokencut
 from pretrain.evaluation.features import Features, frozen
+from pretrain.results.folder import unnamed
 from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
 
@@ -396,6 +397,7 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
             hits += best > 0.5
         assert 100 * hits / len(rows) == result.metrics[f"corloc_{method}"]
     table = (out / "corloc.csv").read_text().splitlines()
+    assert not unnamed(out, "analysis")
     heads = "checkpoint,images,features,corloc_lost,corloc_tokencut,corloc_whole_image"
     assert table == [heads, "mine,5,keys,80.00,80.00,0.00"]
     said = capsys.readouterr().out

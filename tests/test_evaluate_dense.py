@@ -35,6 +35,7 @@ from pretrain.evaluation.dense import (
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import knn_classification
 from pretrain.results.dense import dense_table
+from pretrain.results.folder import unnamed
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result
@@ -380,6 +381,7 @@ def test_a_damaged_task_is_named(home, finished):
 @pytest.fixture
 def finished(home, tmp_path):
     evaluate(home, tmp_path / "finished", "--tasks", "linear", *LINEAR)
+    assert not unnamed(tmp_path / "finished", "dense")
     return tmp_path / "finished"
 
 

@@ -133,7 +133,7 @@ def test_a_method_on_a_command_line_lies_in_the_working_folder(tmp_path, monkeyp
 
 def test_a_runs_folder_does_not_import_its_method_untold(tmp_path):
     """Neither by its config, nor by a base of it, nor by the settings in a checkpoint."""
-    sys.modules.pop("posfield_method_mine", None)  # another test's
+    sys.modules.pop("posfield_own_mine", None)  # another test's
     (tmp_path / "mine.py").write_text(f"print('code ran')\n{METHOD.read_text()}")
     (tmp_path / "base.yaml").write_text("method: mine.py\n")
     method = str(tmp_path / "mine.py")
@@ -142,7 +142,7 @@ def test_a_runs_folder_does_not_import_its_method_untold(tmp_path):
         for read in (lambda: load_saved(tmp_path / "config.yaml"), lambda: crops([str(tmp_path)])):
             with pytest.raises(UserError, match=r"is code that would be run; .* --trust") as error:
                 read()
-            assert "\n" not in str(error.value) and "posfield_method_mine" not in sys.modules
+            assert "\n" not in str(error.value) and "posfield_own_mine" not in sys.modules
     with pytest.raises(UserError, match="is code that would be run"):
         from_saved({"method": method})
     (tmp_path / "config.yaml").write_text("base: base.yaml\n")

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from pretrain.errors import UserError
+from pretrain.results import folder
 from pretrain.results.provenance import (
     config_hash,
     file_hash,
@@ -71,7 +72,8 @@ def test_a_written_result_reads_back_equal(tmp_path):
     path = write_result(written, tmp_path / "new" / "run")
     assert path == tmp_path / "new" / "run" / "result.json"
     assert read_result(path) == written == read_result(path.parent)
-    assert [p.name for p in path.parent.iterdir()] == ["result.json"]  # no partial file stays
+    left = sorted(p.name for p in path.parent.iterdir())
+    assert left == [folder.README, "result.json"]  # no partial file stays
 
 
 def test_the_file_is_sorted_readable_json_and_the_same_every_time(tmp_path):
@@ -405,9 +407,9 @@ FIELDS = {
 def test_what_could_not_be_written_is_refused_at_the_start_and_left_out_at_the_end(
     fault, told, tmp_path, capsys
 ):
-    planned(**FIELDS)
+    planned(tmp_path, **FIELDS)
     with pytest.raises(UserError) as error:
-        planned(**{**FIELDS, **fault})
+        planned(tmp_path, **{**FIELDS, **fault})
     assert str(error.value).startswith("result.json: ") and told in str(error.value)
     write_result(finished(**{**FIELDS, **fault}), tmp_path)
     assert read_result(tmp_path).metrics["box_ap"] == 1.0
@@ -420,3 +422,14 @@ def test_a_result_at_the_end_has_no_negative_time_and_no_percentage_beyond_100(t
     found = read_result(tmp_path)
     assert (found.wall_time_s, found.metrics) == (0.0, {"mask_ap": 7.0})
     assert "metrics.box_ap=101.0 is no percentage" in capsys.readouterr().err
+
+
+def test_the_page_of_a_runs_files_is_the_table():
+    assert (ROOT / "docs" / "run-folder.md").read_text() == folder.page()
+
+
+def test_a_folder_says_what_its_files_are_and_what_no_kind_of_run_leaves_is_told(tmp_path):
+    write_result(finished(**FIELDS), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert (tmp_path / folder.README).read_text() == folder.readme(FIELDS["kind"])
+    assert folder.unnamed(tmp_path, FIELDS["kind"]) == ["notes.txt"]

@@ -23,6 +23,7 @@ from pretrain.build import build_backbone
 from pretrain.data.datasets import open_label_sets
 from pretrain.errors import Interrupted, UserError
 from pretrain.files import read_mapping
+from pretrain.results.folder import unnamed
 from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
 from seg_plugin import compat
@@ -80,6 +81,7 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     tool([*words, "--resume"])
     assert read_result(tmp_path).metrics == result.metrics
 
+    assert not unnamed(tmp_path, "segmentation")
     before = (tmp_path / "result.json").stat().st_mtime_ns
     tool(words)
     assert (

@@ -5,6 +5,8 @@ import json
 
 import pytest
 from pydantic import PositiveFloat, model_validator
+from runs_fixture import ROOT
+from tool_fixture import load_tool
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import first_names
@@ -303,3 +305,8 @@ def test_the_shipped_json_schemas_are_those_of_the_models(method):
     assert shipped["properties"]["data"]["default"]["source"] == "auto"
     (optim,) = (group for name, group in shipped["$defs"].items() if name.endswith("OptimSettings"))
     assert optim["properties"]["base_lr"]["minimum"] == 0 and optim["properties"]["betas"]["maxItems"] == 2
+
+
+def test_the_page_of_settings_is_the_models():
+    page = ROOT / "docs" / "settings.md"
+    assert page.read_text() == load_tool("config").page(), "posfield config --markdown > docs/settings.md"

@@ -14,6 +14,7 @@ from tool_fixture import load_tool
 
 from det_plugin.coco.annotations import read_split
 from pretrain.errors import Interrupted, UserError
+from pretrain.results.folder import unnamed
 from pretrain.results.render import render
 from pretrain.results.worth import gain, sentence, worth_table
 
@@ -119,6 +120,7 @@ def test_starts_are_compared_on_nested_shares_stopped_and_gone_on(tmp_path, monk
         result = json.loads((output / start / f"share_{share}" / f"seed_{seed}" / "result.json").read_text())
         assert result["metrics"]["box_ap"] == float(box_ap)
     assert cv2.imread(str(output / "worth.png")).std() > 10 and "photos" in said
+    assert not unnamed(output, "worth")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
     worth(*words, "--pretrain", small, *fields)  # all is done: nothing is run again
     assert {path: path.stat().st_mtime_ns for path in output.rglob("result.json")} == before

@@ -39,7 +39,7 @@ COMMANDS = {
     "report": ("pretrain.cli.report", "result.json of many runs -> one HTML page"),
     "submit": ("posfield.cli.submit", "start a command as a SLURM job that comes back until it is done"),
     "benchmark": ("posfield.cli.benchmark", "time and memory, as ratios measured side by side"),
-    "config": ("pretrain.cli.config", "print a config: every value, its meaning, its source"),
+    "config": ("posfield.cli.config", "print a config: every value, its meaning, its source"),
     "toy-data": ("pretrain.cli.toy_data", "write the photographs and labels of the demo"),
     "demo": ("posfield.cli.demo", "photographs -> pre-training -> detection, segmentation -> report"),
 }

@@ -22,6 +22,7 @@ from pretrain.files import write_text
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.results import read_result
 from pretrain.results.ablation import Trial, ablation_table
+from pretrain.results.folder import leave_readme
 from pretrain.results.render import render
 from pretrain.run_lock import tidy
 from pretrain.settings import flat, read_yaml
@@ -93,6 +94,7 @@ def main(arguments: list[str]) -> None:
     table = ablation_table(trials, "intertwined", "Ablation at toy scale")
     for style in ("md", "csv"):
         write_text(options.output / f"ablation.{style}", render(table, style))
+    leave_readme(options.output, "ablation")
     print(render(table, "md"))
     logs = f"{', '.join(failed)} (logs in {options.output}/JOB/*.log)"
     raise_for(f"{len(failed)} of {len(jobs)} jobs failed: {logs}" * bool(failed), left, f"{len(jobs)} jobs")

@@ -25,6 +25,7 @@ from pretrain.files import read_json, write_json, write_text
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.jobs.slurm import Queue
 from pretrain.results import read_result
+from pretrain.results.folder import leave_readme
 from pretrain.results.render import render
 from pretrain.results.worth import Scores, sentence, worth_table
 from pretrain.run_lock import tidy
@@ -197,6 +198,7 @@ def write_results(
     table = worth_table(scores, names, shares, sentence(scores, names, shares, own))
     write_text(output / "worth.csv", render(table, "csv"))
     draw(scores, names, shares, output)
+    leave_readme(output, "worth")
     return write_text(output / "worth.md", render(table, "md")).read_text()
 
 

@@ -106,7 +106,10 @@ class ViT(nn.Module):
     """Plain ViT: no windows, any input size.
 
     Args:
-        embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
+        embed_dim: width of the tokens, D.
+        depth: number of blocks.
+        num_heads: of the attention.
+        mlp_ratio: width of an MLP's hidden layer, in D.
         patch_size: side of a patch in pixels.
         n_registers: learned tokens without a position between [CLS] and the patches (DINOv2-reg).
         layerscale: initial value of LayerScale, none for no LayerScale.
@@ -119,7 +122,8 @@ class ViT(nn.Module):
         mask_tokens: hold ``mask_token`` and ``pos_mask_token`` [1, D], which only pre-training and position
             probes use.
         attention: ``auto`` | ``sdpa`` | ``xformers``.
-        ln_eps, gelu: LayerNorm's epsilon; ``erf`` | ``tanh``.
+        ln_eps: LayerNorm's epsilon.
+        gelu: ``erf`` | ``tanh``.
         has_cls: there is a [CLS] token, with a position of its own.
         final_norm: there is a norm after the last block.
         relative_positions: attention adds LoMaR's contextual relative positions

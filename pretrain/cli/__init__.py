@@ -46,6 +46,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.raiseExceptions = show_traceback  # a log file on a full disk would show one for every line
     try:
         refuse_empty(arguments)
+        if os.environ.get("POSFIELD_IMPORT"):
+            from pretrain.registry import import_own
+
+            import_own()
         with explained_shortage("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
     # OSError names the file; of a loss the run has said where

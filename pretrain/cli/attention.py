@@ -32,6 +32,7 @@ from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, named_apart
 from pretrain.files import write_text
 from pretrain.results import read_result
+from pretrain.results.folder import leave_readme
 from pretrain.signals import StopSignals
 
 QUERIES = ["0.25,0.25", "0.75,0.25", "0.5,0.5", "0.25,0.75", "0.75,0.75"]
@@ -71,6 +72,7 @@ def main(arguments: list[str]) -> None:
     figures = draw(output / "figures", measured, pictures.names, shown, maps, queries, compared)
     results = [read_result(output / subject.folder) for subject in subjects]
     write_text(output / "report.html", build_page(measured, results, figures, pictures.broken))
+    leave_readme(output, "analysis")
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 

@@ -42,6 +42,7 @@ from pretrain.evaluation.discovery import (
 from pretrain.evaluation.features import Features, frozen_features
 from pretrain.files import csv_text, write_text, writing
 from pretrain.log import Progress
+from pretrain.results.folder import leave_readme
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.schema import Result, read_result
 from pretrain.signals import StopSignals
@@ -85,6 +86,7 @@ def main(arguments: list[str]) -> None:
                 flush=True,
             )
     write_text(options.output / "corloc.csv", csv_text(table))
+    leave_readme(options.output, "analysis")
 
 
 def methods_of(options: argparse.Namespace) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 from pretrain.analysis import dense_figures
 from pretrain.cli import add_mask_options, at_least, evaluation_parser, masks_of
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import KINDS, LabelSet, open_label_sets
+from pretrain.data.datasets import LabelSet, kinds, open_label_sets
 from pretrain.data.datasets.maps import nearest
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
-    add("--set", default="auto", choices=("auto", *KINDS), help="auto: what DIR looks like (%(default)s)")
+    add("--set", default="auto", choices=("auto", *kinds()), help="auto: what DIR looks like (%(default)s)")
     n_classes = "of a folder: how many count; 0: found out from names and masks (%(default)s)"
     add("--classes", type=int, default=0, metavar="N", help=n_classes)
     add_mask_options(parser)

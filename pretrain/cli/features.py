@@ -24,6 +24,7 @@ from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.features import frozen_features, layer_names
 from pretrain.files import write_text
+from pretrain.results.folder import leave_readme
 
 QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 Maps = dict[str, list[Tensor]]
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> None:
         "Layer": [str(options.layer) if options.layer >= 0 else f"{options.layer}, counted from the last"],
     }
     file = write_text(options.output / "features.html", gallery("Patch features", about, found))
+    leave_readme(options.output, "analysis")
     print(f"{file}: {len(subjects)} checkpoints, {len(images)} images")
 
 

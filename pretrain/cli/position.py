@@ -27,6 +27,7 @@ from pretrain.evaluation.features import frozen_features
 from pretrain.evaluation.position import HIDDEN_BY, hide_with, read_squares
 from pretrain.files import csv_text, read_csv, write_text
 from pretrain.log import Progress
+from pretrain.results.folder import leave_readme
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
 from pretrain.views.masks import SHAPES
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> None:
     with StopSignals() as signals:
         rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]
     write_text(options.output / TABLE, csv_text(rows))
+    leave_readme(options.output, "analysis")
     title = "Position probe, layer by layer"
     keep(layers_figure(rows), options.output / "figures", "position_layers", title, CAPTION)
     print(f"{options.output}: {TABLE}, figures/position_layers.png and .svg of {len(subjects)} checkpoints")

@@ -20,6 +20,7 @@ from pretrain.files import replacing
 
 TOLERANCE = 1e-4  # relative to the largest value of an output
 CHECKED_BATCHES = (1, 3)  # not the batch size of the traced example
+OF_LIBRARIES = ("timm", "huggingface", "torchvision", "safetensors")  # whose code has the network
 # all that an export ever leaves
 FOLDER_FILES = {"config.json", TENSORS, "preprocessor_config.json", "README.md"}
 
@@ -78,6 +79,10 @@ def export(
     """
     path = Path(path)
     written = _checked_target(format, size, path)
+    told = (
+        f"format: {format} has no {type(vit).__name__}, but the plain ViT alone; take torch, onnx or posfield"
+    )
+    ensure(type(vit) is ViT or format not in OF_LIBRARIES, told)
     vit.eval()
     # A program's bytes hold the name that it is written under
     with replacing(path, path.with_name(f".partial-{path.name}")) as partial:

@@ -22,6 +22,7 @@ from pretrain.files import read_mapping, write_text
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.jobs.slurm import INDEX
 from pretrain.jobs.stage import Stage
+from pretrain.results.folder import leave_readme
 from pretrain.results.pages import page
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import file_hash
@@ -285,4 +286,5 @@ def write_tables(
     texts["html"] = page(name, {"Results": texts["html"]})
     for suffix, text in texts.items():
         write_text(output / f"{name}.{suffix}", text)
+    leave_readme(output, "compare")
     return texts["md"], unread

@@ -1,15 +1,13 @@
 """One file a method. A config names its module: ``method: intertwined``."""
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
-import sys
-from pathlib import Path
 from types import ModuleType
 
 from pretrain.errors import UserError
 from pretrain.methods.method import EMATeacher, Method, TrainSettings
+from pretrain.registry import own_module
 
 SHIPPED = tuple(
     sorted(
@@ -44,33 +42,10 @@ def find_method(name: str) -> type[Method]:
 def _module(name: str) -> ModuleType:
     if name in SHIPPED:
         return importlib.import_module(f"pretrain.methods.{name}")
-    try:
-        if name.endswith(".py"):
-            return _module_of_file(Path(name))
-        if "." in name:
-            return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise UserError(f"method: {name} cannot be imported ({error})") from error
+    if name.endswith(".py") or "." in name:
+        return own_module(name, "method")
     own = "a dotted module or a .py file of your own"
     raise UserError(f"method: {name!r} is none of {', '.join(SHIPPED)}, nor {own}")
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    """A file as a module; the same file is imported once."""
-    name = f"posfield_method_{path.stem}"
-    known = sys.modules.get(name)
-    if known is not None and known.__file__ == str(path.resolve()):
-        return known
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]  # else the next import would find half of it
-        raise
-    return module
 
 
 __all__ = ["SHIPPED", "EMATeacher", "Method", "TrainSettings", "find_method"]

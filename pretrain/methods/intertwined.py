@@ -235,6 +235,7 @@ class Intertwined(EMATeacher):
             terms[kind] = getattr(losses, kind) * value
             if kind == "position":
                 prepared.position_losses.append(value.detach())
+        terms |= self.further_terms(tokens, batch)
         total = torch.stack(list(terms.values())).sum()
         if losses.koleo > 0:
             everyone = global_cls if prepared.neighbors is None else among(prepared.neighbors, i, global_cls)
@@ -242,6 +243,15 @@ class Intertwined(EMATeacher):
             terms["koleo"] = losses.koleo * sum(koleo_loss(view, losses.koleo_scope) for view in everyone)
             total = total + len(prepared.neighbors or [i]) * terms["koleo"]
         return LossTerms(total, terms)
+
+    def further_terms(self, tokens: Sequence[Tokens], batch: Batch) -> dict[str, Tensor]:
+        """Weighted addends to eq. 6, by the names under which they are logged, for a method that stands on this one.
+
+        Args:
+            tokens: the student's, of the masked global crops and, where there are any, of the local ones.
+            batch: the micro-batch.
+        """
+        return {}
 
     def after_step(self, progress: Progress) -> dict[str, float]:
         """The teacher follows the student; the running centers take in the batch's logits."""

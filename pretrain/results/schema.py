@@ -19,6 +19,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from pretrain.errors import UserError
 from pretrain.files import write_text
 from pretrain.results import renamed
+from pretrain.results.folder import leave_readme
 from pretrain.results.untrusted import LARGEST, is_plain, read_json
 from pretrain.settings import Settings, ours, problem, validated
 
@@ -212,9 +213,9 @@ def to_json(result: Result) -> str:
     return json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def planned(**fields: Any) -> None:
+def planned(folder: Path, **fields: Any) -> None:
     """Build and serialize the result of a run that has only begun: what it would be refused for, it is refused
-    for before the work.
+    for before the work. Leaves the folder's ``README.txt``.
 
     Args:
         fields: of :class:`Result`, as far as they are known.
@@ -230,6 +231,7 @@ def planned(**fields: Any) -> None:
     to_json(
         validated(Result, {**fields, "metrics": fields.get("metrics", {}), "wall_time_s": 0.0}, FILE_NAME)
     )
+    leave_readme(folder, fields["kind"])
 
 
 def finished(**fields: Any) -> Result:
@@ -254,7 +256,10 @@ def finished(**fields: Any) -> Result:
 
 def write_result(result: Result, folder: str | Path) -> Path:
     """Write `folder/result.json` in one step (no reader ever sees half of it) and return its path."""
-    return write_text(Path(folder) / FILE_NAME, to_json(result))
+    text = to_json(result)
+    if result.kind != "analysis":  # whose folder has one for each file of weights below it
+        leave_readme(Path(folder), result.kind)
+    return write_text(Path(folder) / FILE_NAME, text)
 
 
 def read_result(path: str | Path) -> Result:

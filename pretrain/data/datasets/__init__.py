@@ -7,33 +7,48 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.data.datasets import coco, folder, layout, public
 from pretrain.data.datasets.folder import MaskRule, mask_rule
 from pretrain.data.datasets.label_set import LabelSet
 from pretrain.errors import UserError
 
-__all__ = ["KINDS", "LabelSet", "MaskRule", "mask_rule", "open_label_set", "open_label_sets"]
+__all__ = ["SETS", "Kind", "LabelSet", "MaskRule", "kinds", "mask_rule", "open_label_set", "open_label_sets"]
 
-# Of each public kind: what it looks for, whether it is there, and how its parts are opened.
-_PUBLIC: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
-    "voc2012": (
+
+class Kind(NamedTuple):
+    """A kind of labeled set: what it looks like, whether a folder holds one, and how its part ``train`` or ``val`` is
+    opened."""
+
+    layout: str
+    is_there: Callable[[Path], bool]
+    open_part: Callable[[Path, str], LabelSet]
+
+
+# {kind: itself}; a module that POSFIELD_IMPORT names adds to it
+SETS: dict[str, Kind] = {
+    "voc2012": Kind(
         public.VOC_LAYOUT,
         lambda root: public.voc_home(root) is not None and not layout.is_cvat(root),
         public.open_voc,
     ),
-    "voc2012_train": (public.VOC_LAYOUT, lambda root: False, partial(public.open_voc, own_train=True)),
-    "ade20k": (public.ADE_LAYOUT, public.is_ade, public.open_ade),
-    "cityscapes": (
+    "voc2012_train": Kind(public.VOC_LAYOUT, lambda root: False, partial(public.open_voc, own_train=True)),
+    "ade20k": Kind(public.ADE_LAYOUT, public.is_ade, public.open_ade),
+    "cityscapes": Kind(
         public.CITYSCAPES_LAYOUT, lambda root: (root / "leftImg8bit").is_dir(), public.open_cityscapes,
     ),
     **{
-        kind: (coco.LAYOUT, partial(coco.has, kind=kind), partial(coco.open_part, kind=kind))
+        kind: Kind(coco.LAYOUT, partial(coco.has, kind=kind), partial(coco.open_part, kind=kind))
         for kind in ("coco_things", "coco_stuff")
     },
 }  # fmt: skip
-KINDS = (*_PUBLIC, "folder")
-RESERVED = (*KINDS, "knn")  # names of public protocols, which a user's folder must not take
+RESERVED = (*SETS, "folder", "knn")  # names of public protocols, which a user's folder must not take
+
+
+def kinds() -> tuple[str, ...]:
+    """All kinds; ``folder``, masks of one's own, last."""
+    return (*SETS, "folder")
 
 
 def open_label_set(
@@ -44,7 +59,7 @@ def open_label_set(
 
     Args:
         root: the set's folder, or the one that usually contains it.
-        kind: one of :data:`KINDS`; ``auto``: the layout tells it, pairs of folders last.
+        kind: one of :func:`kinds`; ``auto``: the layout tells it, pairs of folders last.
         n_classes: of a ``folder``: how many classes count; 0: as many as are named, or else as the masks of both
             parts hold (each is read). For other kinds 0 or their number.
         masks: how masks of a ``folder`` are read.
@@ -62,7 +77,7 @@ def open_label_set(
         what = "a rule for masks" if has_rule else root / folder.LABELS
         told = f"if {root} holds masks of your own, the set is folder"
         raise UserError(f"{what} has no effect on {kind}; {told}")
-    found = _PUBLIC[kind][2](root, part)
+    found = SETS[kind].open_part(root, part)
     if n_classes not in (0, len(found.classes)):
         raise UserError(f"n_classes={n_classes}: {kind} in {root} has {len(found.classes)}")
     return found
@@ -93,13 +108,13 @@ def kind_of(root: str | Path, kind: str = "auto") -> str:
     if not root.is_dir():
         raise UserError(f"no folder {root}")
     if kind != "auto":
-        if kind not in KINDS:
-            raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
+        if kind not in kinds():
+            raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(kinds())}")
         return kind
-    found = [kind for kind, (_, is_there, _) in _PUBLIC.items() if is_there(root)]
+    found = [kind for kind, own in SETS.items() if own.is_there(root)]
     found = found or ["folder"] * layout.has(root)
     if not found:
-        layouts = "; ".join(dict.fromkeys([*(text for text, _, _ in _PUBLIC.values()), layout.LAYOUT]))
+        layouts = "; ".join(dict.fromkeys([*(own.layout for own in SETS.values()), layout.LAYOUT]))
         raise UserError(f"{root} holds no labeled set that is known: looked for {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} holds several labeled sets: say which kind, {' or '.join(found)}")

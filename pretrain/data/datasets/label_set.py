@@ -22,7 +22,7 @@ class LabelSet:
     """One part of a labeled set.
 
     Attributes:
-        name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one
+        name: of the set: one of ``kinds()``; of a folder, the folder's name (``folder-voc2012``, ... of one
             that is named so).
         part: ``train`` | ``val``.
         classes: names of the labels 1 .. C.

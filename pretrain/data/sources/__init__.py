@@ -6,6 +6,7 @@ fork and opens its files in each process.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -38,8 +39,9 @@ class DataSettings(Settings):
     root: str = setting(
         "", "folder, list file, tar shards, parquet files or Hugging Face folder; required", fixed=False
     )
-    source: Literal["auto", "folder", "list", "coco", "tar", "parquet", "huggingface"] = setting(
-        "auto", "kind of root; auto: told from it"
+    source: str = setting(
+        "auto",
+        "kind of root: folder | list | coco | tar | parquet | huggingface | one of your own; auto: told from it",
     )
     split: str = setting("", "sub-folder (coco: train2017) or split of root; all of it without")
     image_column: str = setting("", "parquet, huggingface: column of the images; found by itself without")
@@ -83,6 +85,11 @@ class Source(Protocol):
         """What tells these images from others; reads none."""
 
 
+# {data.source: what opens it}, of one's own; a module that POSFIELD_IMPORT names adds to it
+OWN: dict[str, Callable[[DataSettings], Source]] = {}
+SHIPPED = ("folder", "list", "coco", "tar", "parquet", "huggingface")
+
+
 def open_source(data: DataSettings) -> Source:
     """The source that the settings ``data`` describe by ``root``, ``source``, ``split`` and ``image_column``.
 
@@ -93,6 +100,10 @@ def open_source(data: DataSettings) -> Source:
     if not root:
         raise UserError("data.root: no images are given; set data.root=FOLDER")
     kind = kind_of(root, split) if data.source == "auto" else data.source
+    if kind in OWN:
+        return OWN[kind](data)
+    if kind not in SHIPPED:
+        raise UserError(f"data.source={kind} is none of auto, {', '.join([*SHIPPED, *OWN])}")
     if column and kind not in ("parquet", "huggingface"):
         raise UserError(f"data.image_column={column}: there are no columns in {root} (data.source={kind})")
     if kind == "list":
