@@ -632,7 +632,7 @@ def _readable(text: str) -> str:
 
 
 def described(settings: Settings | type[Settings]) -> dict[str, tuple[str, ...]]:
-    """{dotted key: its type and range, its default, what it means, where the default is from}, for people.
+    """{dotted key: (its default, type and range; what it means; where the default is from)}, for people.
 
     Args:
         settings: a model; or settings, whose values stand in place of the defaults.
@@ -645,12 +645,8 @@ def described(settings: Settings | type[Settings]) -> dict[str, tuple[str, ...]]
             default = values.get(key, info.get_default(call_default_factory=True))
             value = "required" if info.is_required() else f"`{in_words(default)}`"
             source = str((info.json_schema_extra or {}).get("source", "ours"))  # type: ignore[union-attr]
-            found[key] = (
-                kind_and_range(info),
-                value,
-                (info.description or "").removesuffix(f" [{source}]"),
-                source,
-            )
+            text = (info.description or "").removesuffix(f" [{source}]")
+            found[key] = (f"{value}; {kind_and_range(info)}", text, source)
     return found
 
 
@@ -671,7 +667,8 @@ def kind_and_range(info: Any) -> str:
         limits += getattr(parts[0], "__metadata__", ())
     limits += [inner for limit in limits for inner in getattr(limit, "metadata", ())]
     bounds = {name: getattr(limit, name, None) for name in BOUNDS for limit in limits if hasattr(limit, name)}
-    said = " ".join(f"{BOUNDS[name]} {bound}" for name, bound in bounds.items() if bound is not None)
+    numbers = {name: f"{n:.6g}" if isinstance(n, float) else n for name, n in bounds.items() if n is not None}
+    said = " ".join(f"{BOUNDS[name]} {number}" for name, number in numbers.items())
     return ", ".join(filter(None, [_kind_name(info.annotation).replace("UTF-8 ", ""), said]))
 
 

@@ -123,3 +123,13 @@ def test_data_sets_are_one_file_each(world, monkeypatch):
     write_start(folder / "runs" / "mine" / "backbone.safetensors")
     dense = ["linear.image_px=64", "linear.epochs=1", "linear.batch_size=2", "linear.augment=false"]
     run_page("dataset.md", world, monkeypatch, segment=["val_every=2"], evaluate_dense=dense)
+
+
+def test_a_module_or_source_that_is_not_there_is_told(world, monkeypatch, capsys):
+    words = ["--config", "toy", "data.root=photos", "data.source=zip"]
+    assert ended("pretrain", *words) == 2
+    told = "error: data.source=zip is none of auto, folder, list, coco, tar, parquet, huggingface"
+    assert told in capsys.readouterr().err
+    monkeypatch.setenv("POSFIELD_IMPORT", "gone.py")
+    assert ended("pretrain", *words) == 2
+    assert "error: POSFIELD_IMPORT: gone.py cannot be imported" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def _others() -> Iterator[str]:
 
 def _keys(found: Mapping[str, tuple[str, ...]]) -> str:
     rows = [(f"`{key}`", *said) for key, said in found.items()]
-    return _table(("key", "type and range", "default", "meaning", "source"), rows)
+    return _table(("key", "default; what it takes", "meaning", "source"), rows)
 
 
 def _method(model: type[Settings]) -> str:
