@@ -1,5 +1,5 @@
 # make setup   .venv with everything from PyPI, and Detectron2 from $WHEELHOUSE where a wheel lies there
-# make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
+# make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report; QUICK=1: 3 minutes
 # make docs    the documentation, into site/
 # make test    lint, types, import contracts, tests
 # make test-slow  the slow ones
@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WHEELHOUSE ?= $(HOME)/wheels
 CONSTRAINTS ?= constraints.txt
-DEMO ?= demo
+QUICK ?=
+DEMO ?= $(if $(QUICK),demo_quick,demo)
 JOBS ?= 2
 BIN := $(VENV)/bin
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
@@ -22,6 +23,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PINNED) "pip>=23" "setuptools<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation $(PINNED) --editable ".[det,seg,dev,docs]"
+	# mmengine and mmcv-lite require the OpenCV for desktops, which needs libGL; the last one installed is the one that is imported.
+	$(BIN)/pip install --quiet $(PINNED) --force-reinstall --no-deps opencv-python-headless
 	# yapf (of mmengine) caches its grammar without a lock: ranks that import it first at one time would read a half-written file.
 	$(BIN)/python -c "import yapf"
 	touch $@
@@ -40,7 +43,7 @@ else
 endif
 
 demo: setup
-	$(BIN)/python tools/demo.py --output $(DEMO)
+	$(BIN)/python tools/demo.py --output $(DEMO) $(if $(QUICK),--quick)
 
 # Strict: a link, an anchor or a page that does not exist ends the build. The variable silences an advertisement.
 docs: setup
@@ -65,7 +68,7 @@ soak: setup
 # What make made, and nothing else that lies there
 clean:
 	test ! -e "$(VENV)/.installed" || rm -rf "$(VENV)"
-	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
+	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data photographs logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
 	test ! -d "$(DEMO)" || rmdir --ignore-fail-on-non-empty "$(DEMO)"
 	test ! -e site/sitemap.xml || rm -rf site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache posfield.egg-info

@@ -1,28 +1,27 @@
 """Drawn detections: boxes, masks where there are any, names and scores on an image, and pages of them beside the ground truth."""
 
-import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from det_plugin.augment import Geometry, evaluation_geometry
 from det_plugin.coco.annotations import CocoSplit, Picture
 from det_plugin.coco.masks import boxes_of
 from det_plugin.coco.metrics import Prediction
-from pretrain.files import replacing
-from pretrain.results.runs import add_caption
+from pretrain.analysis.colors import distinct_colors
+from pretrain.analysis.picture_pages import Cell, Color, font, save_page
+from pretrain.errors import UserError
+from pretrain.results.runs import PREDICTED
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
-COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between images; of the line above each
+COLUMNS = 2  # of a page: pairs in a row
+N_COLORS = 80  # COCO's classes; with more of them colors repeat
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,32 @@ def draw_page(
     path: Path,
     min_score: float = MIN_SCORE,
 ) -> Path:
-    """Write a PNG with ground truth and predictions of some images, side by side, and its caption."""
-    cells = []
+    """Write a PNG with ground truth and predictions of some images, side by side, and its caption.
+
+    Raises:
+        UserError: none of the images can be read. A few that cannot are left out, and the caption names them.
+    """
+    cells, names, kinds = list[Cell](), dict(zip(split.category_ids, split.class_names)), set[int]()
+    broken: list[str] = []
     for picture in pictures:
         mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= min_score]
-        cells.append((f"{picture.file_name}: ground truth", _truth(split, picture)))
-        image, geometry = _resized(split.load(picture), SIDE_PX)
-        found = shown(mine, geometry, dict(zip(split.category_ids, split.class_names)))
-        cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
-    with replacing(path) as partial:
-        _table(cells, 2 * COLUMNS).save(partial, "PNG")
-    shows = "Pictures with their annotations and, on the right, the detections"
-    add_caption(path, "Detections beside ground truth", f"{shows} of score {min_score:g} and more.")
-    return path
+        try:
+            image, geometry = _resized(split.load(picture), SIDE_PX)
+        except UserError:
+            if len(broken) + 1 == len(pictures):
+                raise
+            broken.append(picture.file_name)
+            continue
+        found = shown(mine, geometry, names)
+        truth = draw_objects(image, _annotated(split, picture, geometry))
+        cells.append(Cell(picture.file_name, "ground truth", truth))
+        cells.append(Cell(picture.file_name, PREDICTED, draw_objects(image, found)))
+        kinds |= {*picture.classes, *(thing.kind for thing in found)}
+    caption = f"Detections of score {min_score:g} and more, beside the pictures with their annotations."
+    caption += f" Not readable: {', '.join(broken)}." if broken else ""
+    legend = [(split.class_names[kind], color_of(kind)) for kind in sorted(kinds)]
+    title = "Detections beside ground truth"
+    return save_page(path, cells, 2 * COLUMNS, title=title, caption=caption, legend=legend)
 
 
 def draw_prediction(
@@ -90,35 +102,41 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels."""
+    """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels. Lines have an edge
+    of black or white, so that they are seen on any picture."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     masks = [(thing.mask, color_of(thing.kind)) for thing in objects if thing.mask is not None]
     for mask, color in sorted(masks, key=lambda pair: -int(pair[0].sum())):  # small ones on top
-        shade = np.array(color)
-        canvas[mask] = (0.6 * canvas[mask] + 0.4 * shade).astype(np.uint8)
+        canvas[mask] = (0.6 * canvas[mask] + 0.4 * np.array(color)).astype(np.uint8)
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outlines, -1, shade.tolist(), line, cv2.LINE_AA)
+        cv2.drawContours(canvas, outlines, -1, ink_on(color), line + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, outlines, -1, color, line, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
-    pen, font = ImageDraw.Draw(picture), _font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
+    pen, letters = ImageDraw.Draw(picture), font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
     for thing in objects:
-        pen.rectangle(thing.box, outline=color_of(thing.kind), width=line)
+        (x0, y0, x1, y1), color = thing.box, color_of(thing.kind)
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(color), width=line + 2)
+        pen.rectangle(thing.box, outline=color, width=line)
     taken: list[Corners] = []
     for thing in reversed(objects):  # the last one lies on top and chooses first
-        size = font.getlength(thing.text) + 6, sum(font.getmetrics())
+        size = letters.getlength(thing.text) + 6, sum(letters.getmetrics())
         place = _place(size, thing.box, taken, picture.size)
         color = color_of(thing.kind)
         pen.rectangle(place, fill=color)
-        ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
-        pen.text((place[0] + 3, place[1]), thing.text, fill=ink, font=font)
+        pen.text((place[0] + 3, place[1]), thing.text, fill=ink_on(color), font=letters)
         taken.append(place)
     return np.asarray(picture)
 
 
 def color_of(kind: int) -> Color:
-    """A class's color: hues a golden section apart, in three shades."""
-    saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.95, 0.7))[kind // 7 % 3]
-    red, green, blue = colorsys.hsv_to_rgb((0.07 + 0.618034 * kind) % 1, saturation, value)
+    """A class's color: as far from those before it as can be, also for eyes with a color vision deficiency."""
+    red, green, blue = distinct_colors(N_COLORS)[kind % N_COLORS]
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def ink_on(color: Color) -> Color:
+    """Black or white, whichever is seen on a color, and beside it."""
+    return (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
 
 
 def _place(
@@ -139,15 +157,14 @@ def _shared(a: Corners, b: Corners) -> float:
     return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
 
 
-def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
-    image, geometry = _resized(split.load(picture), SIDE_PX)
+def _annotated(split: CocoSplit, picture: Picture, geometry: Geometry) -> list[Shown]:
     objects = []
     for kind, segmentation, box in zip(picture.classes, picture.segmentations, picture.boxes):
         mask = geometry.mask(segmentation).astype(bool) if segmentation else None
         corners = geometry.boxes([box]) if mask is None else boxes_of(mask[None])
         x0, y0, x1, y1 = corners[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
-    return draw_objects(image, objects)
+    return objects
 
 
 def draw_entries(
@@ -178,27 +195,3 @@ def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:
     """The image with its long edge at ``side_px``, and the map that led there."""
     geometry = evaluation_geometry((image.shape[1], image.shape[0]), side_px)
     return geometry.pixels(image), geometry
-
-
-def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
-    """Images with a line of text above each, in rows."""
-    columns = min(columns, len(cells))
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    heights = [HEADER_PX + max(image.shape[0] for _, image in row) + GAP_PX for row in rows]
-    page = Image.new("RGB", (columns * (SIDE_PX + GAP_PX) + GAP_PX, sum(heights) + GAP_PX), "white")
-    pen, font, y = ImageDraw.Draw(page), _font(14), GAP_PX
-    for row, height in zip(rows, heights):
-        for column, (title, image) in enumerate(row):
-            x = GAP_PX + column * (SIDE_PX + GAP_PX)
-            while len(title) > 4 and font.getlength(title) > SIDE_PX:  # a long name loses its beginning
-                title = "…" + title[2:]
-            pen.text((x, y), title, fill="black", font=font)
-            page.paste(Image.fromarray(image), (x, y + HEADER_PX))
-        y += height
-    return page
-
-
-@lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own font: every machine has it, and it knows more than Latin letters."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -17,8 +17,8 @@ from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
 from pretrain import checkpoints, distributed
 from pretrain.errors import Interrupted, UserError
-from pretrain.log import ProgressLine, log
-from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
+from pretrain.log import ProgressLine, log, warnings_into
+from pretrain.metrics_log import MetricsLog, Speed, describe, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
 
 SAVE_PERIOD_S = 900  # the most that a killed process loses
@@ -33,11 +33,13 @@ class Engine(Protocol):
         log_period: iterations between the lines of ``metrics.jsonl``.
         splits_last: the last evaluation has a line of its own, after that of the last iteration.
         model: the detector, of one process.
+        n_images: of an epoch.
     """
 
     log_period: int
     splits_last: bool
     model: nn.Module
+    n_images: int
 
     @property
     def iteration(self) -> int:
@@ -81,7 +83,10 @@ def fit(
     is_behind = terms is not None and distributed.gather_objects(lacks)[0]
     log = Log(engine, run, device, started, first_it - is_behind, best) if distributed.is_main() else None
     try:
-        with StopSignals() as signals:  # up to here a signal simply ends the process
+        with (
+            StopSignals() as signals,
+            warnings_into(run.output),
+        ):  # up to here a signal simply ends the process
             if is_behind and terms is not None:
                 metrics = _evaluated(engine, log, first_it - 1, terms)
                 is_over = distributed.gather_objects(due.end())[0]
@@ -156,6 +161,7 @@ class Log:
         checkpoints.clean(run.output)
         self.speed = Speed(run.protocol.batch_size)
         self.metrics = MetricsLog(run.output, first_line_it, tensorboard=True)
+        self.losses: dict[str, float] = {}
         self.line = ProgressLine("detection", self.max_iters, engine.iteration)
 
     @property
@@ -169,13 +175,16 @@ class Log:
         done, speed = self.engine.iteration, self.speed
         if estimate := speed.estimate(self.max_iters - done, " without evaluations"):
             log(estimate)
-        note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
-        note += f"  {peak_memory_gb(self.device):.1f} GB"
-        self.line.update(done, note, speed.eta_s(self.max_iters - done))
+        epoch, epochs = (
+            math.ceil(n * speed.batch_size / self.engine.n_images) for n in (done, self.max_iters)
+        )
+        self.losses = {name: value for name, value in terms.items() if "loss" in name}
+        note = describe(speed, self.device, terms["lr"], f"{epoch}/{epochs}")
+        self.line.update(done, note, speed.eta_s(self.max_iters - done), self.losses)
 
     def evaluated(self, share: float, left_s: float) -> None:
         """During an evaluation: a ``share`` of the images is done."""
-        self.line.update(self.engine.iteration - 1, f"evaluation {share:.0%}", left_s)
+        self.line.update(self.engine.iteration, f"evaluation {share:.0%}", left_s, self.losses)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
         """Write an iteration's lines: losses, lr and an evaluation's headline, whose weights may be the best; speed and

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from det_plugin.coco.annotations import Data
+from det_plugin.coco.metrics import KINDS
 from det_plugin.protocol import READING, DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
@@ -15,6 +17,7 @@ from pretrain.device import fewest_parts
 from pretrain.errors import UserError
 from pretrain.jobs import start
 from pretrain.log import log
+from pretrain.results.schema import read_result
 from pretrain.schedules import iterations
 from pretrain.settings import as_dict
 
@@ -96,6 +99,17 @@ def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> N
     )
     if begins and distributed.is_main():
         leave_start(run)
+
+
+def ended(result: Path) -> Path:
+    """Say what a finished run left, and what to do with it. Gives back the path of its ``result.json``."""
+    if distributed.is_main() and result.is_file():
+        metrics, output = read_result(result).metrics, result.parent
+        found = ", ".join(
+            f"{kind} AP {metrics[f'{kind}_ap']:.2f}" for kind in KINDS if f"{kind}_ap" in metrics
+        )
+        log(f"done: {found}; {start.way_on(output)}")
+    return result
 
 
 def leave_start(run: DetectionRun) -> None:

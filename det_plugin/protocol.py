@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pretrain.backbones.vit import size_name
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.settings import Settings, differences, replaced, setting
@@ -197,6 +196,8 @@ def protocol(name: str, backbone: str, version: int | None = None) -> DetectionP
     Raises:
         UserError: no such protocol, size or version.
     """
+    from pretrain.backbones.vit import size_name  # loads torch
+
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
     size = size_name(backbone)

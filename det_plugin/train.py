@@ -98,7 +98,7 @@ def finetune(
         how["model_kwargs"], name = model_kwargs or {}, backbone_name(backbone, weights)
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
         with run_lock(output, getattr(module, "newest_checkpoint", None)), _shortage(accumulate, workers):
-            return module.train(run, resume, data_changed=data_changed)  # type: ignore[no-any-return]
+            return plan.ended(module.train(run, resume, data_changed=data_changed))
     finally:
         distributed.stop()
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.tensor import DTensor
 
 _host: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on without waiting for their devices
 
@@ -77,7 +76,14 @@ def is_main() -> bool:
 
 def local(x: Tensor) -> Tensor:
     """This rank's values: the shard of a DTensor, or a plain tensor itself."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return (
+        x.to_local() if hasattr(x, "to_local") else x
+    )  # to import DTensor, and sympy with it, takes a second
+
+
+def whole(x: Tensor) -> Tensor:
+    """All values of a DTensor, gathered from the ranks, which must call this at once; a plain tensor itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

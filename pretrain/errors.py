@@ -47,6 +47,25 @@ class Interrupted(Exception):
     """A run was asked to stop (a signal), has saved its state and ends; tools exit: ``cli.REQUEUE_CODE``."""
 
 
+# {package: the extra of posfield that brings it}; the rest comes with posfield itself
+EXTRAS = {
+    **dict.fromkeys(("pycocotools", "faster_coco_eval", "shapely"), "det"),
+    **dict.fromkeys(("mmseg", "mmengine", "mmcv"), "seg"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "timm", "transformers"), "export"),
+    **dict.fromkeys(("skimage", "sklearn"), "demo"),
+    "matplotlib": "figures",
+    "submitit": "cluster",
+    "tensorboard": "tensorboard",
+}
+
+
+def missing_package(name: str) -> str:
+    """What is missing, with the way on; of a package of no extra nothing."""
+    extra = EXTRAS.get(name.partition(".")[0])
+    return f"{name} is not installed: pip install 'posfield[{extra}]'" if extra else ""
+
+
 def ensure(holds: object, message: str) -> None:
     """Raise a UserError with this message unless the condition holds."""
     if not holds:

@@ -13,15 +13,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, missing_package
 from pretrain.files import replacing, write_text, writing
 from pretrain.log import in_words
 from pretrain.settings import Settings, setting
@@ -108,7 +109,9 @@ class MetricsLog:
             truncate_lines(path, start_iter)
             self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
-        if tensorboard:
+        if tensorboard and find_spec("tensorboard") is None:
+            print(f"no TensorBoard: {missing_package('tensorboard')}", file=sys.stderr)
+        elif tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             if threading.excepthook is threading.__excepthook__:
@@ -255,12 +258,16 @@ class Speed:
         Args:
             of: what the time is of, where it is not all.
         """
-        if self.done != ESTIMATE_AT:
+        eta_s = self.eta_s(left_iters)
+        if self.done != ESTIMATE_AT or eta_s is None:
             return ""
-        return f"estimate: {in_words(self.eta_s(left_iters))} left{of}, at {self.img_per_s:.1f} img/s"
+        return f"estimate: {in_words(eta_s)} left{of}, at {self.img_per_s:.1f} img/s"
 
-    def eta_s(self, left_iters: int) -> float:
-        """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far."""
+    def eta_s(self, left_iters: int) -> float | None:
+        """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far; None while the first
+        iterations of the process would be all that it goes by."""
+        if self.done <= WARM_ITERS:
+            return None
         seconds, _ = self._rates()
         return left_iters * (seconds + self.paused_s / max(self.done, 1))
 
@@ -273,9 +280,8 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def describe(losses: Mapping[str, float], names: Iterable[str], speed: Speed, device: torch.device) -> str:
-    """One line: ``loss`` and its terms (``names``), img/s, share of data wait, memory."""
-    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in names if name in losses)
+def describe(speed: Speed, device: torch.device, lr: float, epoch: str = "") -> str:
+    """The numbers of a training beside its losses, in one line: epoch, lr, img/s, share of data wait, peak memory."""
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
-    loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
-    return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
+    of_speed = f"{speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
+    return f"{f'epoch {epoch}  ' if epoch else ''}lr {lr:.1e}  {of_speed}  {memory}"

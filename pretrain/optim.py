@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from pretrain.distributed import local
+from pretrain.distributed import local, whole
 from pretrain.settings import Settings, setting
 
 Beta = Annotated[float, Field(ge=0, le=1 - 1e-9)]
@@ -105,7 +104,7 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
     for module in networks.values():
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = whole(norm)
         # A device would have to be waited for: there all is multiplied, by 1 where the norm is small enough.
         if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -4,8 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import distributed
@@ -87,6 +85,9 @@ class Ranks:
 
 def _shard(network: nn.ModuleDict) -> None:
     """FSDP2 over all ranks: each block, what is left of the backbone, and each head is a unit."""
+    from torch.distributed.device_mesh import init_device_mesh  # a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (distributed.world_size(),))
     for block in network["backbone"].blocks:  # type: ignore[union-attr, operator]

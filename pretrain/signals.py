@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from pretrain import distributed
 from pretrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -40,6 +39,8 @@ class StopSignals:
 
     def on_any_rank(self) -> bool:
         """Whether any rank got a signal, the same for all, which must call this at one iteration."""
+        from pretrain import distributed  # loads torch, which whoever only starts processes does without
+
         return distributed.any_over_ranks(self.received is not None)
 
     def __exit__(

@@ -12,7 +12,6 @@ import yaml
 from torch import Tensor
 
 from pretrain import checkpoints, distributed, plan
-from pretrain.analysis.figures import training_images
 from pretrain.config import from_saved, load_config, run_protocol
 from pretrain.data import digest
 from pretrain.data.broken import BrokenFiles
@@ -21,7 +20,7 @@ from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.evaluation.probes import Probes
 from pretrain.files import write_text
-from pretrain.log import ProgressLine, log
+from pretrain.log import ProgressLine, log, warnings_into
 from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
@@ -86,7 +85,7 @@ def train(
         for doubt in plan.doubts(config, trainer.length, dataset.source) if distributed.is_main() else []:
             log(f"warning: {doubt}")
         # until here a signal simply ends the process: there is nothing to save
-        with StopSignals() as signals:
+        with StopSignals() as signals, warnings_into(folder):
             run = Run(trainer, dataset, images, before, signals)
             run.loop(min(total_iters, stop_after or total_iters))
         if trainer.iteration == total_iters:
@@ -307,6 +306,7 @@ class Run:
         self.speed = Speed(config.optim.batch_size)
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
+        self.numbers: tuple[str, dict[str, float]] = "", {}  # below the bar
         # collapsed lines of the log in a row
         self.n_collapsed = 0
         if is_main:
@@ -336,6 +336,7 @@ class Run:
                 stopping = self.signals.on_any_rank()
                 if is_logged or is_due or stopping:
                     self.log_metrics(it, logs, is_logged)
+                self.move(done)
                 with self.speed.paused():
                     self.log_images(it, micro_batches[0])
                     self.probe(done)
@@ -374,9 +375,21 @@ class Run:
             memory = {"peak_memory_gb": peak_memory_gb(self.trainer.device)}
             self.log.write("speed", it, {**speed, "broken_images": len(self.broken.files), **memory})
             self.tell_collapse(it, losses)
-            left = self.trainer.length.total_iters - it - 1
-            line = describe(losses, logs.terms, self.speed, self.trainer.device)
-            self.line.update(it + 1, line, self.speed.eta_s(left))
+            self.show_numbers(it, losses, logs)
+
+    def show_numbers(self, it: int, losses: Mapping[str, float], logs: StepLogs) -> None:
+        """What stands below the bar until the next line of the log."""
+        length = self.trainer.length
+        of_step = {name: losses[name] for name in ("loss", *logs.terms) if name in losses}
+        epoch = f"{it // length.epoch_iters + 1}/{self.config.optim.epochs}"
+        note = describe(self.speed, self.trainer.device, logs.scheduled["lr"], epoch)
+        self.numbers = ("" if "loss" in losses else "skipped  ") + note, of_step
+
+    def move(self, done: int) -> None:
+        """The bar."""
+        if self.line:
+            note, losses = self.numbers
+            self.line.update(done, note, self.speed.eta_s(self.line.total - done), losses)
 
     def tell_estimate(self, done: int) -> None:
         """Say once how long the run will take, when there is something to go by."""
@@ -415,6 +428,8 @@ class Run:
             return
         backbone = self.trainer.exported_backbone()
         if self.log and self.log.shows_images and backbone is not None:
+            from pretrain.analysis.figures import training_images  # loads matplotlib
+
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             views = seen.global_crops, seen.local_crops, seen.views, seen.masks
             self.log.images(it, training_images(backbone, *views, autocast=self.trainer.autocast))

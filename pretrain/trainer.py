@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from pretrain import distributed
 from pretrain.backbones.vit import ViT
@@ -171,7 +170,7 @@ class Trainer:
         if not self.ranks.is_sharded:
             return backbone
         state = backbone.state_dict()
-        state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+        state = {k: distributed.whole(v) for k, v in state.items()}
         if not distributed.is_main():
             return None
         whole: ViT = BACKBONES.get(self.config.backbone.name)(**backbone.model_kwargs)

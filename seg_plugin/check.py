@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from pretrain.analysis.dense_figures import distinct_colors, labels_figure
+from pretrain.analysis.colors import distinct_colors
+from pretrain.analysis.dense_figures import labels_figure
 from pretrain.analysis.figures import as_array
 from pretrain.data.check import Odd, Report, Size, common, in_two_splits
 from pretrain.data.datasets import LabelSet, MaskRule, folder, kind_of, layout

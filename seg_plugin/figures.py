@@ -4,78 +4,60 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image
 
+from pretrain.analysis.colors import distinct_colors
+from pretrain.analysis.picture_pages import Cell, Color, save_page
 from pretrain.files import replacing
-from pretrain.results.runs import add_caption
+from pretrain.results.runs import PREDICTED
 from seg_plugin.predict import Segmented
 
 IGNORED_COLOR = (225, 225, 225)
 MAX_LEGEND = 24  # classes, the largest ones; nobody would read more
 OVERLAY = 0.55  # the colors' share
-COLUMN_IN = 2.7  # width of an image, in inches
+SIDE_PX = 360  # width of an image on a page
 
 
 def draw_page(
     path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False
 ) -> None:
-    """Draw a page and enter it into ``captions.json`` beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay)
-    add_caption(path, title, caption)
+    """Draw one row an image, with the truth if there is any, and below a legend of the classes, the largest first; enter
+    it into ``captions.json`` beside it.
+
+    Args:
+        overlay: add a column with the prediction over the image.
+    """
+    palette, names = palette_of(metainfo), metainfo["classes"]
+    has_truth = any(row.truth is not None for row in rows)
+    cells = []
+    for row in rows:
+        size = SIDE_PX, round(SIDE_PX * row.pixels.shape[0] / row.pixels.shape[1])
+        maps = {"ground truth": row.truth} if has_truth else {}
+        shown = {"image": cv2.resize(row.pixels, size, interpolation=cv2.INTER_AREA)}
+        for column, labels in (maps | {PREDICTED: row.predicted}).items():
+            there = np.full(row.pixels.shape[:2], len(names)) if labels is None else labels
+            shown[column] = cv2.resize(colored(there, palette), size, interpolation=cv2.INTER_NEAREST)
+        if overlay:
+            over = blended(row.pixels, row.predicted, palette)
+            shown[f"{PREDICTED} over the image"] = cv2.resize(over, size, interpolation=cv2.INTER_AREA)
+        cells += [Cell(row.path.name, column, pixels) for column, pixels in shown.items()]
+    counted = [labels for row in rows for labels in (row.truth, row.predicted) if labels is not None]
+    # Pixels of each class; larger labels are ignored
+    pixels = np.sum([np.bincount(m[m < len(names)], minlength=len(names)) for m in counted], axis=0)
+    present = [k for k in np.argsort(-pixels, kind="stable").tolist() if pixels[k]]
+    legend: list[tuple[str, Color]] = [(names[k], tuple(palette[k].tolist())) for k in present[:MAX_LEGEND]]
+    more = f"and {len(present) - MAX_LEGEND} smaller classes" if len(present) > MAX_LEGEND else ""
+    save_page(path, cells, len(cells) // len(rows), title=title, caption=caption, legend=legend, more=more)
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
-    """Colors of the classes, [classes, 3] uint8: easy to tell apart if there are few. MMSegmentation may have drawn
-    its own at random."""
+    """Colors of the classes, [classes, 3] uint8: the data set's own if there are many, else the easiest to tell apart
+    (MMSegmentation may have drawn its own at random)."""
     count = len(metainfo["classes"])
-    if count > 20:
-        return np.array(metainfo["palette"], np.uint8)
-    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
-    return np.array(colormaps["tab20"](strong_first[:count])[:, :3] * 255, np.uint8)
-
-
-def draw(
-    path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False
-) -> None:
-    """Draw one row an image, with the truth if there is any, and below a legend of the classes, the largest first.
-
-    Args:
-        palette: [classes, 3] uint8.
-        overlay: add a column with the prediction over the image.
-    """
-    has_truth = any(row.truth is not None for row in rows)
-    titles = ["image", *["ground truth"] * has_truth, "prediction", *["prediction over the image"] * overlay]
-    maps = [labels for row in rows for labels in (row.truth, row.predicted) if labels is not None]
-    counts = [np.bincount(labels[labels < len(names)], minlength=len(names)) for labels in maps]
-    pixels = np.sum(counts, axis=0)  # of each class; larger labels are ignored
-    present = [k for k in np.argsort(-pixels, kind="stable").tolist() if pixels[k]]
-    shown = present[:MAX_LEGEND]
-    aspects = [row.pixels.shape[0] / row.pixels.shape[1] for row in rows]  # height of each row, in widths
-    legend_rows = -(-len(shown) // (2 * len(titles)))
-    size = (COLUMN_IN * len(titles), sum(aspects) * COLUMN_IN + 0.35 + 0.2 * legend_rows + 0.1 * len(rows))
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
-    for line, row in zip(axes, rows):
-        over = blended(row.pixels, row.predicted, palette) if overlay else None
-        truth = None if row.truth is None else colored(row.truth, palette)
-        pictures = [row.pixels, *[truth] * has_truth, colored(row.predicted, palette), *[over] * overlay]
-        for axis, picture in zip(line, pictures):
-            axis.set_axis_off()
-            if picture is not None:
-                axis.imshow(picture)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=10)
-    patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
-    more = f"and {len(present) - MAX_LEGEND} smaller classes" if len(present) > MAX_LEGEND else None
-    place: dict[str, Any] = dict(loc="outside lower center", ncols=2 * len(titles), fontsize=8, frameon=False)
-    figure.legend(handles=patches, title=more, **place)
-    FigureCanvasAgg(figure).print_png(str(path))
+    own = metainfo["palette"] if count > 20 else 255 * np.array(distinct_colors(count))
+    return np.array(own).round().astype(np.uint8)
 
 
 def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -34,7 +34,6 @@ from pretrain.results.schema import Protocol, finished, planned, write_result
 from pretrain.signals import StopSignals
 from pretrain.weights import check_fit, origin_of
 from seg_plugin.config import deviations, given_model_kwargs, identity, label_sets, with_todays_data
-from seg_plugin.figures import draw_page
 from seg_plugin.predict import segment_dataset, spread
 
 METRICS = ("mIoU", "mAcc", "aAcc")
@@ -161,6 +160,8 @@ class PosfieldRunHook(Hook):
         """Write result.json and the figure."""
         if not is_main_process() or not self.metrics:
             return
+        from seg_plugin.figures import draw_page  # loads matplotlib
+
         dataset = runner.val_dataloader.dataset
         rows = list(segment_dataset(_model(runner), dataset, spread(N_DRAWN, len(dataset))))
         caption = (

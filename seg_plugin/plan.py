@@ -1,7 +1,9 @@
 """How long a fine-tuning on masks of one's own should be, and what it is going to do, told before its first step."""
 
 import math
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -10,7 +12,8 @@ from pretrain import distributed
 from pretrain.errors import UserError
 from pretrain.jobs import start
 from pretrain.log import ProgressLine, log
-from pretrain.metrics_log import Speed
+from pretrain.metrics_log import Speed, describe
+from pretrain.results.schema import read_result
 from pretrain.schedules import iterations
 from pretrain.settings import as_dict
 from seg_plugin.protocol import OF_THE_DATA, OWN, SegmentationProtocol, deviations, with_overrides
@@ -72,6 +75,13 @@ def tell(run: Any, n_images: int, n_validation: int, device: Any, begins: bool) 
         leave_start(run)
 
 
+def ended(result: Path) -> Path:
+    """Say what a finished run left, and what to do with it. Gives back the path of its ``result.json``."""
+    if distributed.is_main() and result.is_file():
+        log(f"done: mIoU {read_result(result).metrics['miou']:.2f}; {start.way_on(result.parent)}")
+    return result
+
+
 def leave_start(run: Any) -> None:
     """Write down what a run was started with."""
     whole = as_dict(run.protocol)
@@ -86,9 +96,10 @@ class ProgressHook(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, batch_size: int) -> None:
-        self.speed = Speed(batch_size)
+    def __init__(self, batch_size: int, n_images: int) -> None:
+        self.speed, self.n_images = Speed(batch_size), n_images
         self.line: ProgressLine | None = None
+        self.losses: dict[str, float] = {}
 
     def before_train(self, runner: Any) -> None:
         """Show where the run stands."""
@@ -101,18 +112,31 @@ class ProgressHook(Hook):
         """An iteration is done."""
         if self.line is None:
             return
-        self.speed.tick(0.0)
-        done, loss = batch_idx + 1, (outputs or {}).get("loss")
+        self.speed.tick(runner.message_hub.get_scalar("train/data_time").current())
+        done = batch_idx + 1
         left_s = self.speed.eta_s(runner.max_iters - done)
         if estimate := self.speed.estimate(runner.max_iters - done, " without validations"):
             log(estimate)
-        told = "" if loss is None else f"loss {loss.detach().item():.3f}  "
-        self.line.update(done, f"{told}{self.speed.img_per_s:.1f} img/s", left_s)
+        self.losses = {name: of.detach().item() for name, of in (outputs or {}).items() if "loss" in name}
+        epoch, epochs = (
+            math.ceil(n * self.speed.batch_size / self.n_images) for n in (done, runner.max_iters)
+        )
+        lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
+        device = next(runner.model.parameters()).device
+        self.line.update(done, describe(self.speed, device, lr, f"{epoch}/{epochs}"), left_s, self.losses)
 
     def before_val(self, runner: Any) -> None:
         """A validation is no part of the speed."""
         self.pause = self.speed.paused()
         self.pause.__enter__()
+        self.began = time.monotonic()
+
+    def after_val_iter(self, runner: Any, batch_idx: int, *_: Any, **__: Any) -> None:
+        """An image of a validation is done."""
+        if self.line is not None:
+            share = (batch_idx + 1) / len(runner.val_dataloader)
+            left_s = (time.monotonic() - self.began) * (1 / share - 1)
+            self.line.update(runner.iter, f"validation {share:.0%}", left_s, self.losses)
 
     def after_val(self, runner: Any) -> None:
         """On with the training."""

@@ -21,7 +21,7 @@ from pretrain.data.datasets import LabelSet, MaskRule
 from pretrain.errors import Interrupted, UserError, explained_shortage
 from pretrain.files import read_mapping, replacing
 from pretrain.jobs import start
-from pretrain.log import say
+from pretrain.log import say, warnings_into
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
@@ -185,7 +185,7 @@ def train(run: SegmentationRun, resume: bool = False, data_changed: bool = False
     more = "share the batch among more GPUs (torchrun), and go on with --resume; or start anew with amp=true"
     lock = run_lock(run.output, newest_checkpoint)
     with lock, explained_shortage(more, f"give --workers below {run.workers} and go on with --resume"):
-        return _train(run, resume, data_changed)
+        return plan.ended(_train(run, resume, data_changed))
 
 
 def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
@@ -223,9 +223,10 @@ def _train(run: SegmentationRun, resume: bool, data_changed: bool) -> Path:
                 say(f"data: {in_words([*parts.values()])}")
                 digest.leave(output, said_of_data)
                 leave_split(output, parts)
+            at_end.enter_context(warnings_into(output))
             runner = _Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
-            runner.register_hook(plan.ProgressHook(run.protocol.batch_size))
+            runner.register_hook(plan.ProgressHook(run.protocol.batch_size, len(parts["training"])))
             at_end.callback(end_workers, runner)
             runner.train()
         distributed.barrier()  # until the main process has written the result
@@ -249,8 +250,8 @@ def leave_split(output: Path, parts: Mapping[str, LabelSet]) -> None:
 
 
 class _Runner(Runner):
-    """mmengine's, whose checkpoints get their names once they are whole, and whose log goes to its file alone but for
-    warnings: on a terminal it begins with hundreds of lines."""
+    """mmengine's, whose checkpoints get their names once they are whole, and whose log goes to its file alone, its
+    warnings to :func:`pretrain.log.warnings_into`, too: on a terminal it begins with hundreds of lines."""
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *options: Any, **more: Any) -> None:
@@ -260,9 +261,8 @@ class _Runner(Runner):
     def build_logger(self, *arguments: Any, **options: Any) -> MMLogger:
         """mmengine's logger."""
         logger = super().build_logger(*arguments, **options)
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.WARNING)
+        logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+        logger.parent = logging.getLogger()  # mmengine's loggers have none
         return logger
 
 

@@ -1,7 +1,9 @@
 """Attention maps, PCA, figures, images of a running training, and k-NN."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from sklearn.decomposition import PCA
 from tool_fixture import ended
 
 from pretrain.analysis.attention import last_layer
-from pretrain.analysis.figures import training_images
+from pretrain.analysis.figures import attention_figure, masked, masks_figure, training_images
 from pretrain.analysis.pca import pca_colors, principal_components
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
@@ -113,6 +115,55 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     assert ("attention of [CLS]" in titles[0]) == has_cls
 
 
+@pytest.mark.parametrize("kind", ["content", "position"])
+@pytest.mark.parametrize("level", [0, 40, 128, 255])
+def test_masks_are_seen_on_any_picture(kind, level):
+    mask = torch.tensor([[True, False], [False, False]])
+    crop = torch.full((3, 80, 80), level, dtype=torch.uint8)
+    pixels = masked(crop, mask, kind)
+    assert np.allclose(pixels[:, 40:], level / 255) and np.allclose(pixels[40:], level / 255)
+    assert np.abs(pixels[:40, :40] - level / 255).max(-1).mean() > 0.15
+
+
+def test_a_figure_of_masks_has_no_blank_column():
+    content = torch.zeros(6, 4, dtype=torch.bool)
+    position = content.clone()
+    content[:2, 0] = position[3:, 1] = True
+    crops = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    axes = masks_figure(crops, SimpleNamespace(content=content, position=position), (2, 2)).axes
+    assert [axis.get_title() for axis in axes] == 2 * ["content: 1 of 4 patches"] + [""] + 3 * [
+        "position: 1 of 4 patches"
+    ]
+
+
+def test_attention_panels_have_titles_and_the_image_its_queries():
+    images, maps = torch.zeros(2, 3, 32, 64, dtype=torch.uint8), torch.rand(2, 2, 2, 4)
+    axes = attention_figure(
+        images, maps, [(0.1, 0.1), (0.9, 0.6)], torch.rand(2, 2, 4), ("image", "of [CLS]")
+    ).axes
+    assert [axis.get_title() for axis in axes[:4]] == [
+        "image",
+        "of [CLS]",
+        "attention of query 1",
+        "attention of query 2",
+    ]
+    dots = [
+        [(float(x[0]), float(y[0])) for x, y in (line.get_data() for line in axis.lines)] for axis in axes[4:]
+    ]
+    assert dots == [[(8, 8), (56, 24)], [], [(8, 8)], [(56, 24)]]
+
+
+def test_pca_colors_of_another_network_come_near_to_the_first_ones():
+    rng = np.random.default_rng(0)
+    first = torch.from_numpy(rng.normal(size=(2, 30, 5)) * [5, 3, 2, 0.1, 0.1])
+    turn = torch.linalg.qr(torch.from_numpy(rng.normal(size=(5, 5))))[0]
+    alone, turned = (torch.cat(pca_colors(list(first @ turn), like=like)) for like in (None, list(first)))
+    expected = torch.cat(pca_colors(list(first)))
+    assert (turned - expected).abs().max() < 1e-4 < (alone - expected).abs().max()
+    other_grid = [part[:20] for part in first]
+    assert torch.equal(torch.cat(pca_colors(list(first @ turn), like=other_grid)), alone)
+
+
 def test_knn_equals_a_plain_loop():
     g = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(40, 6, generator=g), torch.randn(15, 6, generator=g)
@@ -142,9 +193,13 @@ def test_a_runs_figures(tmp_path, capsys):
         "optim.warmup_epochs=0",
     ]
     train(load_config(None, last(overrides)))
-    assert ended("analyze crops", tmp_path / "run", "--images", 2) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "like")
+    assert ended("analyze crops", tmp_path / "run", tmp_path / "like", "--images", 2) == 0
+    captions = json.loads((tmp_path / "like" / "figures" / "captions.json").read_text())
+    assert "nearest to those of run." in captions["pca.png"]["caption"]
     captions = json.loads((tmp_path / "run" / "figures" / "captions.json").read_text())
-    assert set(captions) == {"views.png", "masks.png", "scales.png", "attention.png"}
+    assert set(captions) == {"views.png", "masks.png", "scales.png", "attention.png", "pca.png"}
+    assert captions["pca.png"]["caption"].endswith("as red, green and blue.")
     for name, entry in captions.items():
         picture = Image.open(tmp_path / "run" / "figures" / name).convert("L")
         assert (

@@ -20,7 +20,7 @@ from det_plugin.augment import boxes_of_objects, jitter
 from det_plugin.coco.annotations import Data
 from det_plugin.coco.masks import coco_api
 from det_plugin.coco.metrics import coco_metrics, in_words
-from det_plugin.figures import GAP_PX, HEADER_PX, SIDE_PX, color_of, draw_page
+from det_plugin.figures import SIDE_PX, color_of, draw_page
 from det_plugin.predict import load_detector
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
@@ -29,6 +29,7 @@ from det_plugin.torchvision_engine.loader import TrainSamples, to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.train import settings_of
+from pretrain.analysis.picture_pages import GAP_PX, HEADER_PX
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results import read_result
@@ -511,6 +512,22 @@ def test_pictures_of_boxes_alone_show_boxes(boxes, tmp_path):
     assert other.pictures[0].segmentations == ([], [])
     file = draw_page(other, list(other.pictures), [], tmp_path / "other.png")
     assert np.array_equal(cv2.imread(str(file)), pages[1])
+
+
+def test_a_broken_picture_does_not_stop_a_page(root, tmp_path):
+    split = read(root, "val", False, masks="off")
+    files = [root / "val2017" / picture.file_name for picture in split.pictures]
+    files[0].write_bytes(b"no picture")
+    captions = json.loads(
+        draw_page(split, split.pictures, [], tmp_path / "page.png").with_name("captions.json").read_text()
+    )
+    assert captions["page.png"]["caption"].endswith(f"Not readable: {files[0].name}.")
+    rows = [cell["row"] for cell in captions["page.png"]["cells"]]
+    assert rows == [file.name for file in files[1:] for _ in range(2)]
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=files[-1].name):
+        draw_page(split, split.pictures, [], tmp_path / "none.png")
 
 
 def test_a_run_with_masks_is_evaluated_on_boxes_alone(boxes, pristine, tmp_path):

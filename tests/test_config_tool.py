@@ -161,4 +161,4 @@ def test_an_empty_path_is_refused_by_every_command(monkeypatch, capsys):
     assert not reached
     monkeypatch.setattr(sys, "argv", ["posfield", "segment", "--void", "", "--map=", "--output", "run"])
     cli.main()
-    assert reached == ["seg_plugin.cli.train"]
+    assert reached == ["posfield.cli.segment"]

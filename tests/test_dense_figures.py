@@ -12,14 +12,11 @@ import torch
 from skimage.color import rgb2lab
 from test_dense_tables import dense
 
+from pretrain.analysis.colors import DEFICIENT, HATCHED, _lab, distinct_colors
 from pretrain.analysis.dense_figures import (
-    DEFICIENT,
-    HATCHED,
     MOST_IN_LEGEND,
     SHARE,
-    _lab,
     components,
-    distinct_colors,
     labels_figure,
     painted,
     write,

@@ -19,6 +19,8 @@ TINY = "vit_tiny_patch16"
 ROTARY = dict(pos_encoding="rotary", n_registers=4, layerscale=0.3, ln_eps=1e-5, qkv_bias="no_key")
 CASES = {
     "rotary": (ROTARY, (32, 64)),
+    "rotary, no registers": ({**ROTARY, "n_registers": 0}, (32, 64)),
+    "rotary, gated, no registers": ({**ROTARY, "swiglu": True, "n_registers": 0}, (48, 32)),
     "rotary, gated, no bias, no LayerScale": (
         {**ROTARY, "swiglu": True, "qkv_bias": "none", "layerscale": None},
         (48, 32),

@@ -201,7 +201,7 @@ def test_the_page_is_drawn_of_what_is_sound(hostile, capfd, of_all, tmp_path):
 def test_of_bad_runs_alone_there_is_a_page_and_a_table(hostile, capfd, tmp_path):
     root, unread, _ = hostile
     assert ended("report", root / unread[0], "--output", tmp_path / "page.html") == 2
-    assert "0 runs</p>" in (tmp_path / "page.html").read_text()
+    assert "0 runs.</p>" in (tmp_path / "page.html").read_text()
     assert ended("table", root / unread[0], "--format", "csv") == 2
     assert "published" in capfd.readouterr().out
 

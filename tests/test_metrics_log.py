@@ -3,8 +3,11 @@ progress by a clock of ours."""
 
 import io
 import json
+import logging
+import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain import log as log_module
 from pretrain import metrics_log
 from pretrain.errors import UserError
-from pretrain.log import ProgressLine, in_words
+from pretrain.log import ProgressLine, in_columns, in_lines, in_words, log, warnings_into
 from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 
 CPU = torch.device("cpu")
@@ -144,11 +147,11 @@ def ticks(speed, clock, *seconds, waited=0.0):
 def test_speed_is_of_the_last_iterations_and_forgets_the_first():
     clock = Clock()
     speed = Speed(batch_size=8, clock=clock)
-    assert speed.img_per_s == 0 and speed.data_wait == 0 and speed.eta_s(10) == 0
+    assert speed.img_per_s == 0 and speed.data_wait == 0 and speed.eta_s(10) is None
     ticks(speed, clock, 30.0)  # compiling
     assert speed.img_per_s == pytest.approx(8 / 30)
     ticks(speed, clock, *[10.0] * (metrics_log.WARM_ITERS - 1))
-    assert speed.img_per_s > 0
+    assert speed.img_per_s > 0 and speed.eta_s(10) is None  # of the slow start alone
     ticks(speed, clock, 2.0, waited=0.5)
     assert (
         speed.img_per_s == pytest.approx(4.0)
@@ -180,19 +183,26 @@ def test_words():
     clock = Clock()
     speed = Speed(8, clock)
     ticks(speed, clock, *[2.0] * 9, waited=0.1)
-    text = describe(
-        {"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0},
-        ["image", "content", "koleo"],
-        speed,
-        CPU,
-    )
-    assert (
-        text
-        == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
-    )
-    text = describe({"loss": 3.25, "pixels": 3.25, "image": 1.0, "grad_norm": 7.0}, ["pixels"], speed, CPU)
-    assert text.startswith("loss 3.250 (pixels 3.250)  ")
+    text = describe(speed, CPU, 1.23e-4, "3/10")
+    memory = f"process {peak_memory_gb(CPU):.1f} GB"
+    assert text == f"epoch 3/10  lr 1.2e-04  4.0 img/s  data wait 5%  {memory}"
     assert 0.05 < peak_memory_gb(CPU) < 200
+
+
+MASK_RCNN = "classifier box_reg mask objectness rpn_box_reg".split()
+
+
+def test_losses_fit_their_columns():
+    losses = {"loss": 3.25, **{f"loss_{name}": 0.5 for name in MASK_RCNN}}
+    whole = "loss 3.250  classifier 0.500  box_reg 0.500  mask 0.500  objectness 0.500  rpn_box_reg 0.500"
+    assert in_columns(losses, 100) == whole
+    assert all(len(in_columns(losses, columns)) <= columns for columns in range(20, 100))
+    assert (
+        in_columns(losses, 80)
+        == "loss 3.250  classi 0.500  box_re 0.500  mask 0.500  object 0.500  rpn_bo 0.500"
+    )
+    assert in_columns({}, 80) == "" and in_columns({"decode.loss_ce": 1.0}, 80) == "ce 1.000"
+    assert in_lines("epoch 1/3  lr 1.0e-04  5 img/s", 20) == ["epoch 1/3", "lr 1.0e-04  5 img/s"]
 
 
 def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):
@@ -201,27 +211,46 @@ def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):
     line = ProgressLine("pretrain mine", 1000, 400, Console(file=file))
     for done in range(401, 406):
         clock.now += 0.4 * log_module.QUIET_S
-        line.update(done, f"loss {done}", eta_s=75.0)
-    line.update(1000, "loss 0", eta_s=0.0)
+        line.update(done, f"epoch {done}", 75.0 if done > 401 else None, {"loss": 1, "loss_mask": 0.5})
+    line.update(1000, "evaluation 0%", eta_s=3.0)
+    line.update(1000, "", eta_s=0.0)
     line.close()
     assert file.getvalue().splitlines() == [
-        "pretrain mine 401/1000  loss 401  1 min 15 s left",
-        "pretrain mine 404/1000  loss 404  1 min 15 s left",
-        "pretrain mine 1000/1000  loss 0  done",
+        "pretrain mine 401/1000  loss 1.000  mask 0.500  epoch 401  6 s",
+        "pretrain mine 404/1000  loss 1.000  mask 0.500  epoch 404  24 s, 1 min 15 s left",
+        "pretrain mine 1000/1000  30 s, done",
     ]
+    monkeypatch.setenv(log_module.QUIET, "soon")
+    with pytest.raises(UserError, match="POSFIELD_PROGRESS_S='soon' is no number of seconds"):
+        ProgressLine("pretrain mine", 1000)
 
 
-def test_a_terminal_shows_a_bar_with_the_numbers_below(monkeypatch):
-    clock, file = Clock(), io.StringIO()
-    monkeypatch.setattr(log_module.time, "time", clock)
-    line = ProgressLine("pretrain mine", 1000, 400, Console(file=file, force_terminal=True, width=100))
-    line.update(600, "loss 1.234 (image 1.000, content 0.234)", eta_s=3720.0)
-    line.update(601, "never shown: less than a second later", eta_s=3720.0)
+def test_a_terminal_shows_a_bar_of_80_columns_that_moves_with_every_step():
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=80, height=24, color_system=None)
+    line = ProgressLine("pretrain intertwined", 125_000, 12_000, terminal)
+    losses = {"loss": 23.5, "image": 9.12, "content": 8.01, "position": 6.0, "koleo": -0.101}
+    note = "epoch 10/100  lr 1.2e-04  1034.1 img/s  data wait 3%  process 120.1 GB"
+    for done in (12_344, 12_345):
+        line.update(done, note, eta_s=371_000, terms=losses)
+        line.bar.refresh()
     line.close()
-    shown = file.getvalue()
-    assert (
-        "600/1000" in shown
-        and "1 h 02 min left" in shown
-        and "loss 1.234 (image 1.000, content 0.234)" in shown
-    )
-    assert "never shown" not in shown
+    shown = [row.rstrip() for row in re.sub(r"\x1b\[[^m]*?[A-Za-z]", "\n", file.getvalue()).splitlines()]
+    assert max(map(len, shown)) <= 80 and not any("\u2026" in row for row in shown)
+    for done in (12_344, 12_345):
+        assert any(f" {done}/125000 " in row and row.endswith(" 0 s, 4 d 07 h left") for row in shown)
+    assert note in shown and in_columns(losses, 80) in shown
+
+
+def test_what_libraries_warn_of_goes_into_a_file(tmp_path, capsys):
+    with warnings_into(tmp_path):
+        for _ in range(2):
+            warnings.warn("old API", stacklevel=1)
+            logging.getLogger("detectron2.data").warning("skipped %d", 3)
+        log("a line")
+    told = (tmp_path / log_module.WARNINGS).read_text()
+    assert told.count("UserWarning: old API") == 1 == told.count("detectron2.data: skipped 3\n")
+    assert capsys.readouterr().err == f"libraries warn of something: {tmp_path / 'warnings.txt'}\na line\n"
+    with warnings_into(tmp_path / "quiet"):
+        log("a line")
+    assert not (tmp_path / "quiet").exists()

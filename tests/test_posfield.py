@@ -1,5 +1,7 @@
 """The public face: ``import posfield``, its functions, the console script."""
 
+import os
+import platform
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from backbone_fixture import randomize
+from photos import TINY as PHOTO_WORDS
 from photos import write_photos
 from PIL import Image
 from tool_fixture import ended
@@ -28,10 +31,47 @@ def weights(tmp_path_factory):
     return save_backbone(path, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
 
 
-def test_import_is_light():
-    """`import posfield` and `posfield --help` load no torch."""
-    code = "import sys, posfield, posfield.cli; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+WITHOUT_TORCH = "pretrain detect segment embed table report submit benchmark config toy-data demo".split()
+HELP = """
+import contextlib, io, sys, posfield.cli
+for name in sys.argv[1:]:
+    sys.argv = ["posfield", *name.split(), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        posfield.cli.main()
+    assert told.getvalue().startswith("usage: posfield")
+"""
+
+
+def loaded(code, *words):
+    """The packages that a fresh Python has loaded behind ``code``."""
+    line = [
+        sys.executable,
+        "-c",
+        f"{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})",
+        *words,
+    ]
+    return set(subprocess.check_output(line, text=True).split())
+
+
+def test_only_what_is_needed_is_loaded():
+    """What costs a start: torch 2 s, its compiler (by torchvision or scipy's friends) another 2, mmseg 4."""
+    assert not loaded("import sys, posfield, posfield.cli") & {"torch", "pydantic", "rich", "numpy"}
+    heavy = {
+        "torch",
+        "torchvision",
+        "matplotlib",
+        "scipy",
+        "tensorboard",
+        "mmengine",
+        "mmseg",
+        "transformers",
+    }
+    assert not loaded(HELP, *WITHOUT_TORCH) & heavy
+    started = loaded("import sys, pretrain.train, det_plugin.train")
+    assert started & (heavy | {"sympy", "triton", "detectron2"}) == {"torch"}
+
+
+def test_the_functions_of_the_face():
     assert set(posfield.__all__) <= set(dir(posfield))
     for name in posfield.__all__:
         assert callable(getattr(posfield, name)) and getattr(posfield, name).__doc__
@@ -118,3 +158,53 @@ def test_help_fits_a_screen_and_every_command_has_its_own(capsys):
     assert "evaluate dense" in capsys.readouterr().out
     assert ended("evaluat dense") == 2
     assert "error: posfield evaluat: no such command" in capsys.readouterr().err
+
+
+WITHOUT_EXTRAS = """
+import sys, posfield.cli
+sys.modules |= dict.fromkeys(["submitit", "matplotlib", "tensorboard", "mmseg", "pycocotools", "skimage", "sklearn"])
+for words in sys.argv[1:]:
+    sys.argv = ["posfield", *words.split()]
+    try:
+        posfield.cli.main()
+    except SystemExit as end:
+        print("code", end.code, file=sys.stderr)
+"""
+
+
+def test_what_no_extra_brought_is_named_when_it_is_needed(tmp_path):
+    """A pre-training and its table do without; each other command names the extra."""
+    photos, run = write_photos(tmp_path / "photos"), tmp_path / "run"
+    words = [word for word in PHOTO_WORDS if not word.startswith("log.tensorboard")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, f"pretrain --data {photos} --output {run} {' '.join(words)}"]
+        + [
+            f"table {run}",
+            "compare --help",
+            f"submit --dry-run -- pretrain --data {photos}",
+            f"analyze crops {run}",
+        ]
+        + [f"toy-data --output {tmp_path / 'toy'}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (run / "backbone.safetensors").is_file() and "COCO and ADE20K" in done.stdout, done.stderr
+    told = [line for line in done.stderr.splitlines() if "pip install" in line]
+    assert told == [
+        "no TensorBoard: tensorboard is not installed: pip install 'posfield[tensorboard]'",
+        "error: submitit is not installed: pip install 'posfield[cluster]'",
+        "error: matplotlib is not installed: pip install 'posfield[figures]'",
+        "error: the toy data is made of photographs in scikit-image, not installed: pip install 'posfield[demo]'",
+    ]
+    assert [line for line in done.stderr.splitlines() if line.startswith("code")] == [
+        "code 0",
+        *["code 2"] * 3,
+    ]
+
+
+def test_the_version(capsys):
+    assert ended("--version") == 0
+    assert capsys.readouterr().out == (
+        f"posfield {posfield.__version__}, Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}\n"
+    )

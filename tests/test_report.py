@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.analysis.colors import _lab
+from pretrain.analysis.picture_pages import Cell, save_page
 from pretrain.errors import UserError
 from pretrain.results import pages
-from pretrain.results.curves import MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
+from pretrain.results.curves import COLORS, MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
 from pretrain.results.report import build_report
 from pretrain.results.runs import Run, find_results, read_figures, read_log, read_run, run_names
 from pretrain.results.schema import Protocol, Result, write_result
@@ -154,7 +156,7 @@ def test_the_page_is_well_formed_and_loads_nothing(folder):
 
 def test_every_section_is_there_in_order(folder):
     heads = re.findall(r"<h2>(.*?)</h2>", page_of(folder))
-    assert heads == ["Summary", "Curves", "Results", "Figures", "Reproducibility"]
+    assert heads == ["Results", "Curves", "Figures", "Runs"]
     assert f"data:image/png;base64,{base64.b64encode(png()).decode()}" in page_of(folder)
     assert "<b>Position field</b> Of the teacher." in page_of(folder)
 
@@ -187,7 +189,7 @@ def test_probes_are_curves_beside_the_losses(tmp_path):
         "probe/position_error": 0.1,
     }
     page = build_report([run])
-    curves = page[page.index('<section id="curves">') : page.index('<section id="results">')]
+    curves = page[page.index('<section id="curves">') : page.index('<section id="runs">')]
     assert (
         ">probe/dense_linear_miou<" in curves
         and ">probe/position_error<" in curves
@@ -197,21 +199,21 @@ def test_probes_are_curves_beside_the_losses(tmp_path):
 
 def test_sections_without_content_are_left_out(tmp_path):
     write_run(tmp_path / "run", result())
-    assert re.findall(r"<h2>(.*?)</h2>", page_of(tmp_path)) == ["Summary", "Results", "Reproducibility"]
+    assert re.findall(r"<h2>(.*?)</h2>", page_of(tmp_path)) == ["Results", "Runs"]
 
 
 def test_the_summary_adds_the_times_and_separates_the_machines(folder):
     text = page_of(folder)
     assert "<td>pretrain</td><td class=number>2</td><td class=number>3 min 20 s</td>" in text
     assert "<td>all</td><td class=number>5</td><td class=number>8 min 20 s</td>" in text
-    assert '<p class="soft">segmentation: intertwined</p><dl><dt>cpu</dt><dd>b</dd></dl>' in text
+    assert '<p class="soft">segmentation: intertwined, seg</p><dl><dt>cpu</dt><dd>b</dd></dl>' in text
     assert text.count("<dt>torch</dt>") == 1  # the same versions in all runs, shown once
     assert "4 of 5 runs were scaled down" in text
 
 
 def test_the_reproducibility_block(folder):
     text = page_of(folder)
-    block = text[text.index('<section id="reproducibility">') :]
+    block = text[text.index('<section id="runs">') :]
     assert (
         "<td>0123456789ab</td>" in block and "<td>ffffffffffff+dirty</td>" in block and "<td>–</td>" in block
     )
@@ -266,6 +268,156 @@ def test_published_tables_can_be_chosen(folder):
     )
     with pytest.raises(UserError, match="'6'"):
         page_of(folder, table="6")
+
+
+def test_published_rows_stand_on_the_page_only_where_asked_for(folder):
+    write_run(
+        folder / "dense",
+        result(
+            "dense",
+            protocol=Protocol(name="dense-ade20k", version=1, full=True, deviations={}),
+            metrics={"linear_miou": 30.0},
+        ),
+    )
+    assert '<tr class="published">' not in page_of(folder)
+    asked = page_of(folder, table="1")
+    assert '<tr class="published">' in asked and "Pascal" not in asked
+    assert '<tr class="published">' in page_of(folder, layout="dense")
+
+
+def test_a_column_that_says_nothing_is_left_out(folder):
+    heads = re.findall(r"<th[^>]*>(.*?)</th>", page_of(folder / "seg"))
+    assert "ADE20K mIoU" in heads and not {"box AP", "detection protocol", "note"} & set(heads)
+    both = re.findall(r"<th[^>]*>(.*?)</th>", page_of(folder))
+    assert {"box AP", "ADE20K mIoU", "detection protocol"} <= set(both) and "mask AP" not in both
+
+
+def test_the_best_of_each_chart_is_marked(tmp_path):
+    scaled = {"iterations": [22128, 60]}
+    for name, ap, deviations in (
+        ("a", 10.0, scaled),
+        ("b", 20.04, scaled),
+        ("c", 19.96, scaled),
+        ("d", 40.0, {}),
+    ):
+        write_run(
+            tmp_path / name, result("detection", deviations, metrics={"box_ap": ap}, method=f"m_{name}")
+        )
+    write_run(tmp_path / "zero", result("segmentation", metrics={"miou": 0.0}, method="m_a"))
+    page = page_of(tmp_path)
+    first, second, third = re.findall(r'<figure class="chart">.*?</figure>', page, re.S)
+    bars = re.findall(r'<li( class="best")?><span class="name">(.*?)</span>.*?width:([\d.]+)%', first, re.S)
+    assert [(name, bool(best)) for best, name, _ in bars] == [
+        ("m_b, b", True),
+        ("m_c, c", True),
+        ("m_a, a", False),
+    ]
+    assert [float(width) for *_, width in bars] == [100.0, 99.6, 49.9]
+    assert (
+        "scaled down (1 change)" in first and ">coco-12ep<" in second
+    )  # not measured alike: a chart of its own
+    assert "best" not in second and "best" not in third and "width:0.0%" in third
+    assert page.index('class="chart"') < page.index("<table")
+
+
+def test_curve_colors_are_seen_on_both_pages_and_by_every_eye():
+    style = (ROOT / "pretrain/results/templates/style.css").read_text()
+    colors, pages_of = (
+        np.array([rgb(c) for c in COLORS]),
+        [rgb(c) for c in re.findall("--page: (#.{6})", style)],
+    )
+    assert len(pages_of) == 2
+    for page in pages_of:
+        assert min(contrast(color, page) for color in colors) > 2.9
+    lab = _lab(colors)
+    distances = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1)
+    distances[:, np.arange(len(colors)), np.arange(len(colors))] = np.inf
+    assert distances.min() > 15
+
+
+def rgb(color):
+    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def contrast(one, other):
+    """Of two colors, as WCAG 2.1 has it."""
+    linear = [
+        np.where(np.array(c) <= 0.04045, np.array(c) / 12.92, ((np.array(c) + 0.055) / 1.055) ** 2.4)
+        for c in (one, other)
+    ]
+    low, high = sorted(float(c @ [0.2126, 0.7152, 0.0722]) for c in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def write_page_of_pictures(folder, level, truth=50, rows=("a.jpg", "b.jpg")):
+    """A page as both plug-ins draw it; what was predicted is of one gray level."""
+    cells = []
+    for i, row in enumerate(rows):
+        cells.append(Cell(row, "ground truth", np.full((40, 60, 3), truth + i, np.uint8)))
+        cells.append(Cell(row, "prediction", np.full((40, 60, 3), level + i, np.uint8)))
+    save_page(
+        folder / "figures/p.png", cells, 4, title="P", caption="Found.", legend=[("cat <b>", (255, 0, 16))]
+    )
+
+
+def test_predictions_of_several_runs_stand_side_by_side_on_equal_pictures(tmp_path):
+    for name, level in (("one", 100), ("two", 200)):
+        write_run(tmp_path / name, result(method=f"m_{name}"))
+        write_page_of_pictures(tmp_path / name, level)
+    write_run(tmp_path / "other", result(method="z"))
+    write_page_of_pictures(tmp_path / "other", 100, truth=60)  # other data, of the same names
+    page = page_of(tmp_path)
+    Page(page)
+    rows = re.findall(r'<div class="strip".*?</div>', page, re.S)
+    columns = [re.findall("<figcaption>(.*?)</figcaption>", row) for row in rows]
+    shared = ["ground truth", "m_one, one", "m_two, two"]
+    assert columns == [shared, shared, ["ground truth", "z, other"], ["ground truth", "z, other"]]
+    levels = []
+    for row in rows:
+        pictures = [
+            Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall('base64,(.*?)"', row)
+        ]
+        assert all(picture.size == (60, 40) for picture in pictures)
+        levels.append([picture.getpixel((30, 20))[0] for picture in pictures])
+    assert levels == [[50, 100, 200], [51, 101, 201], [60, 100], [61, 101]]
+    assert "background:#ff0010" in page and "cat &lt;b&gt;" in page
+    assert '<section id="figures">' not in page  # nothing is shown twice
+    assert (
+        page.index('<section id="results">')
+        < page.index('<section id="predictions">')
+        < page.index('id="runs"')
+    )
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"cells": 3}, {"cells": [3]}, {"cells": [{"row": "a", "column": "b"}]},
+        {"cells": [{"row": "a", "column": "b", "box": [0, 0, 1.5, 1]}]},
+        {"cells": [{"row": "a", "column": "b", "box": [0, 0, 2, 1]}]},  # beyond its one pixel
+        {"cells": [{"row": "a", "column": "b", "box": [0, 0, 1, 1]}] * 201},
+        {"legend": [["cat", "red;x:url(//a)"]]}, {"legend": ["c"]},
+    ],
+)  # fmt: skip
+def test_malformed_cells_are_left_out_and_the_figure_stays(tmp_path, entry):
+    run = write_run(tmp_path, result(), figures={"a.png": {"title": "A", "caption": "", **entry}})
+    read = read_run(run / "result.json")
+    assert len(read.left_out) == 1 and "the cells or the legend of 'a.png' are malformed" in read.left_out[0]
+    assert "<b>A</b>" in build_report([read]) and "strip" not in re.sub(
+        "<style>.*</style>", "", build_report([read]), flags=re.S
+    )
+
+
+def test_a_picture_that_webp_cannot_hold_stops_no_page(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (17_000, 8, 3), np.uint8)).save(file, "PNG")
+    write_run(tmp_path, result(), figures={"a.png": {"title": "Tall", "caption": ""}})
+    (tmp_path / "figures" / "a.png").write_bytes(file.getvalue())
+    assert f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" in page_of(tmp_path)
+    assert pages.data_uri(b"x" * 300_000).startswith("data:image/png;")
 
 
 # --- curves -----------------------------------------------------------------------------------------------
@@ -427,25 +579,12 @@ def test_a_figure_that_is_no_png_is_left_out(tmp_path):
     assert len(left) == 1 and f"{tmp_path / 'a.png'}: not a PNG" in left[0]
 
 
-def test_run_names_say_only_what_sets_runs_apart():
-    runs = [
-        result(),
-        result(seed=1),
-        result(backbone="vit_base_patch16"),
-        result(method="mae"),
-        result("segmentation"),
-        result(method="twin"),
-        result(method="twin"),
-    ]
-    assert run_names(runs) == [
-        "intertwined, ViT-S/16, seed 0",
-        "intertwined, ViT-S/16, seed 1",
-        "intertwined, ViT-B/16",
-        "mae",
-        "intertwined",
-        "twin, run 6",
-        "twin, run 7",
-    ]
+def test_runs_are_named_by_method_and_by_as_much_of_the_folder_as_sets_them_apart():
+    folders = ("/a/one/seed_0", "/a/two/seed_0", "/b/two/seed_0", "/a/mae", "/a/\udcff")
+    methods = ("x", "x", "x", "mae", "x")
+    runs = [Run(result(method=m), {}, [], folder=Path(f)) for m, f in zip(methods, folders)]
+    assert run_names(runs) == ["x, one/seed_0", "x, a/two/seed_0", "x, b/two/seed_0", "mae", r"x, \udcff"]
+    assert run_names([Run(result(), {}, [])]) == ["intertwined"]
 
 
 # --- the tool ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,9 +13,12 @@ from torch.distributed.checkpoint import format_utils
 from transformers import DINOv3ViTBackbone, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging
 
+from det_plugin.protocol import PROTOCOLS
 from pretrain.backbones.vit import SIZES
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.jobs.compare import find_weights, prepare
+from pretrain.jobs.compare_config import load_comparison
 from pretrain.registry import BACKBONES
 from pretrain.train import metadata
 from pretrain.views.pixels import MEAN, STD
@@ -24,6 +28,7 @@ from pretrain.weights.read import _check_flags, converted
 
 LVD, SAT = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
 NAME = "vit_small_plus_patch16_reg4"
+MODERN = Path(__file__).parents[1] / "configs" / "compare" / "modern_vits16.yaml"
 SAT_PIXELS = ([0.430, 0.411, 0.296], [0.213, 0.156, 0.143])
 SMALL = dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, num_register_tokens=4)
 GATED = dict(use_gated_mlp=True, hidden_act="silu", intermediate_size=1536)
@@ -192,6 +197,23 @@ def test_ours_of_it(tmp_path):
     again = build_backbone(path).eval()
     assert again.model_kwargs == vit.model_kwargs
     assert torch.equal(again(image()).patches, vit(image()).patches)
+
+
+def test_a_comparison_reads_it(tmp_path):
+    """The entry of ``modern_vits16``, which names no source, and a file of the released size."""
+    comparison = load_comparison(MODERN, detections=PROTOCOLS)
+    entry = next(e for e in comparison.entries if e.method == "DINOv3")
+    model = model_of(num_hidden_layers=12)
+    saved(tmp_path, published(model, masked="released"), entry.file)
+    comparison = comparison.model_copy(update={"weights": str(tmp_path)})
+    weights = find_weights(comparison, entry, tmp_path)
+    prepare(entry, weights)
+    assert weights.is_ready and origin_of(weights.file)["method"] == "DINOv3"
+    assert license_of(read_checkpoint(weights.file).provenance) == "DINOv3 License"
+    for layer in model.model.layer:
+        for part in "qv":
+            torch.nn.init.zeros_(getattr(layer.attention, f"{part}_proj").bias)
+    assert_equal(features(weights.file, image()), theirs(model, image()))
 
 
 def test_its_license_goes_on(tmp_path):

@@ -1,4 +1,5 @@
-"""The wheel, installed without the checkout: configs are found by name, every command runs in an empty folder."""
+"""The wheel, made from the source distribution and installed without the checkout: configs are found by name, every command
+runs in an empty folder."""
 
 import os
 import shutil
@@ -25,8 +26,13 @@ def home(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    said = subprocess.run(
+        [sys.executable, "-c", build], check=True, cwd=source, stdout=subprocess.PIPE, text=True
+    )
+    packed = folder / said.stdout.splitlines()[-1]
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist", source]
+    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist", packed]
     subprocess.run([*map(str, wheel)], check=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     own = next((folder / "venv").glob("lib/python*/site-packages"))
@@ -36,6 +42,7 @@ def home(tmp_path_factory):
     install = [*pip, "--python", folder / "venv", "install", "--no-deps", "--no-index", built]
     subprocess.run([*map(str, install)], check=True)
     (folder / "empty").mkdir()
+    shutil.rmtree(source)
     return folder
 
 
@@ -64,7 +71,7 @@ def test_it_is_the_wheel_and_finds_its_configs_by_name(home):
 
 
 def test_the_demo_and_what_follows_it(home):
-    posfield(home, "demo", "--quick")
+    posfield(home, "demo", "--quick", "--output", "demo")
     demo, backbone = home / "empty" / "demo", "demo/pretrain_intertwined/backbone.safetensors"
     assert (demo / "report.html").stat().st_size > 100_000
     assert (demo / "table.md").read_text().count("scaled down") > 4

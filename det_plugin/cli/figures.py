@@ -67,7 +67,14 @@ def predictions_of(
     if tuple(detector.classes) != split.category_ids:
         raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
     print(f"predictions: made now by {folder}")
-    return [{"image_id": p.id, **own} for p in pictures for own in detector.predict(split.load(p)).results]
+    made: list[Prediction] = []
+    for picture in pictures:
+        try:
+            pixels = split.load(picture)
+        except UserError:  # the page names it
+            continue
+        made += [{"image_id": picture.id, **own} for own in detector.predict(pixels).results]
+    return made
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,6 @@ import argparse
 from pathlib import Path
 
 from det_plugin.protocol import PROTOCOLS
-from det_plugin.train import evaluate, finetune, go_on
 from pretrain.cli import fields_and_kwargs, fine_tuning_parser
 from pretrain.errors import UserError
 from pretrain.log import say
@@ -71,6 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     options = vars(parse(arguments))
+    from det_plugin.train import evaluate, finetune, go_on  # loads torch
+
     words, changes = options.pop("overrides"), options.pop("changes")
     if options["data"] is None:
         given = options["weights"] or options["backbone"] or options["seed"] or words

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from pretrain.errors import UserError
 
@@ -153,6 +152,8 @@ def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int
     """
     if isinstance(masks, Polygons):
         return masks.crop(index, boxes, side)
+    from torchvision.ops import roi_align  # loads torch's compiler: two seconds
+
     rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
     pooled = roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0]
     return (pooled >= 0.5).float()

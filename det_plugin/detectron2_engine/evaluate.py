@@ -24,6 +24,7 @@ from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.catalog import coco_root, train_images
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.loader import batches
+from det_plugin.loop import Show
 from det_plugin.protocol import READING, deviations, other_images, protocol
 from det_plugin.run import DetectionRun
 from det_plugin.run import leave_result as left_result
@@ -198,22 +199,33 @@ class TestBatches:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
+        self.show: Show | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
         loader: Any = self.loader
-        return batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
+        made = batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
+        started = time.monotonic()
+        for number, batch in enumerate(made, 1):
+            yield batch  # and is back when it has gone through the network
+            if self.show is not None:
+                share = number / len(self)
+                self.show(share, (time.monotonic() - started) * (1 / share - 1))
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, model: nn.Module, show: Show | None = None) -> dict[str, Any]:
     """Run the config's evaluator on its test loader; COCO's metrics, {} on all ranks but the first.
+
+    Args:
+        show: is told how far it is.
 
     Raises:
         UserError: an image cannot be used, also where a worker process meets it.
     """
     data, evaluator = TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
+    data.show = show
     inference_on_dataset(model, data, evaluator)
     distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
     return evaluator.metrics  # type: ignore[no-any-return]

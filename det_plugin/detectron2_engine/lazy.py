@@ -285,10 +285,12 @@ def _optimizer(p: DetectionProtocol) -> DictConfig:
 
 
 def _lr_multiplier(p: DetectionProtocol) -> DictConfig:
+    # A drop at the end changes no step, and fvcore refuses it.
+    milestones = tuple(step for step in p.milestones if step < p.max_iters)
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
-            values=[p.lr_gamma**k for k in range(len(p.milestones) + 1)],
-            milestones=p.milestones,
+            values=[p.lr_gamma**k for k in range(len(milestones) + 1)],
+            milestones=milestones,
             num_updates=p.max_iters,
         ),
         warmup_length=p.warmup_iters / p.max_iters,

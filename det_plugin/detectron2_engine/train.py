@@ -125,8 +125,8 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
 
 def _start_logs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("detectron2", "fvcore"):
-        setup_logger(str(folder), name=name)
+    for name in ("detectron2", "fvcore"):  # into log.txt alone: on the terminal is our progress
+        setup_logger(str(folder), name=name, configure_stdout=False)
 
 
 def _config(run: DetectionRun, recipe: DetectionProtocol, device: str) -> DictConfig:
@@ -157,8 +157,14 @@ class _Engine:
     splits_last = True
 
     def __init__(
-        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, trainer: AccumulatingTrainer
+        self,
+        cfg: DictConfig,
+        model: nn.Module,
+        checkpointer: Checkpointer,
+        trainer: AccumulatingTrainer,
+        n_images: int,
     ) -> None:
+        self.n_images = n_images
         self.cfg, self.model, self.trainer, self.log_period = cfg, model, trainer, cfg.train.log_period
         self.iteration, how = trainer.start_iter, (1, trainer.max_iter, cfg.train.checkpointer.max_to_keep)
         self.saver = PeriodicCheckpointer(checkpointer, *how)
@@ -177,7 +183,7 @@ class _Engine:
 
     def evaluate(self, show: Show | None) -> dict[str, Any]:
         self.trainer.storage.iter = self.iteration
-        return evaluate(self.cfg, self.model)
+        return evaluate(self.cfg, self.model, show)
 
     def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
         self.saver.step(self.trainer.iter)  # the trainer's state holds both
@@ -217,7 +223,10 @@ def _fit(
         os.utime(folder / saved.ASKED, (began, began))
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
-        engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
+        engine, terms = (
+            _Engine(cfg, model, checkpointer, trainer, images[0]),
+            None if last is None else trainer.terms,
+        )
         metrics = loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter, best)
         if metrics and engine.iteration < trainer.max_iter:  # else the evaluator has written it
             leave_result(saved.load_config(folder, saved.ASKED, trust=True), metrics, images, folder)

@@ -13,7 +13,6 @@ from det_plugin import plan
 from det_plugin.best import Best, is_kept
 from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.metrics import check_evaluation, in_words
-from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
 from det_plugin.noise import most_objects
@@ -141,7 +140,7 @@ class _Engine:
         indices = (list(positions(it, p.batch_size, *spots)) for it in range(trainer.iteration, end_iter))
         samples = TrainSamples(data.train, p, run.seed)
         self.batches = batches(samples, indices, run.workers, trainer.device, Skipped(run.output))
-        self.model = trainer.model
+        self.model, self.n_images = trainer.model, len(data.train.pictures)
         self.trainer, self.data, self.log_period = trainer, data, max(p.max_iters // LOG_LINES, 1)
 
     @property
@@ -159,6 +158,8 @@ class _Engine:
         where = dict[str, Any](workers=run.workers, device=self.trainer.device, output=run.output)
         metrics, predictions = evaluate(self.trainer.model, val, self.trainer.protocol, **where, show=show)
         if distributed.is_main():
+            from det_plugin.figures import SHOWN, draw_page, spread  # loads matplotlib
+
             draw_page(val, spread(val, SHOWN), predictions, run.output / "figures" / "detections.png")
             log(f"iteration {self.iteration}: {in_words(metrics)}")
         return metrics

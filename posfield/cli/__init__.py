@@ -1,15 +1,18 @@
 """The console script ``posfield``: its commands, and how one is started."""
 
 import importlib
+import platform
 import sys
+from importlib.metadata import version
 
+import posfield
 from pretrain.cli import run
 
 # {command: (module whose main(arguments) it is, what it does)}; a command of two words belongs to a group
 COMMANDS = {
     "pretrain": ("pretrain.cli.train_ssl", "pre-train a backbone on images"),
     "detect": ("det_plugin.cli.train", "fine-tune a detector: COCO and data in its format"),
-    "segment": ("seg_plugin.cli.train", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
+    "segment": ("posfield.cli.segment", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
     "data check": ("posfield.cli.check", "what is in a labeled set, boxes or masks, and what is odd"),
     "predict": ("posfield.cli.predict", "detect objects in your images with a run of detect"),
     "embed": ("pretrain.cli.embed", "one vector an image, as .npz"),
@@ -46,9 +49,14 @@ GROUPS = ("data", "evaluate", "analyze")
 def main(*command: str) -> None:
     """Run the command that the words name: those given, then those of the command line.
 
-    ``--help`` behind a command shows its options.
+    ``--help`` behind a command shows its options; ``--version`` alone says what runs.
     """
     words = [*command, *sys.argv[1:]]
+    if words == ["--version"]:
+        print(
+            f"posfield {posfield.__version__}, Python {platform.python_version()}, torch {version('torch')}"
+        )
+        return
     group = words[0] if words and words[0] in GROUPS else ""
     name = " ".join(words[: 2 if group else 1])
     if name not in COMMANDS:
@@ -60,4 +68,4 @@ def main(*command: str) -> None:
             print(f"error: posfield {name}: no such command; they are above", file=sys.stderr)
         sys.exit(0 if is_asked else 2)
     sys.argv = [f"posfield {name}", *words[name.count(" ") + 1 :]]  # argparse prints the first as the program
-    run(importlib.import_module(COMMANDS[name][0]).main)
+    run(lambda arguments: importlib.import_module(COMMANDS[name][0]).main(arguments))

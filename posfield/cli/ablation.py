@@ -14,12 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+from posfield.cli.demo import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.cli import command, command_parser
 from pretrain.config import RECIPES
 from pretrain.errors import UserError, one_line
 from pretrain.files import write_text
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
-from pretrain.results import read_result, renamed
+from pretrain.results import read_result
 from pretrain.results.ablation import Trial, ablation_table
 from pretrain.results.folder import leave_readme
 from pretrain.results.render import render
@@ -29,21 +30,6 @@ from pretrain.signals import interruptible
 
 # In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.
 ROWS = ("table3_none", "table3_sampling", "table3_lpos", "method", "reference_image")
-DATA = "--train 480 --val 80 --size 128".split()  # the demo's, as the detection protocol
-DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
-    anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
-    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
-    detections_per_image=30""".split()
-QUICK_DATA = "--images 64 --train 32 --val 12 --size 96".split()
-QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.workers=0".split()
-QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
-
-
-def last(*settings: list[str]) -> list[str]:
-    """key=value words, of each key the last one, whether by its name or by the one that it had before."""
-    parts = [word.partition("=") for words in settings for word in words]
-    words = {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}
-    return list(words.values())
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:

@@ -23,10 +23,7 @@ from datetime import datetime, timezone
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from pretrain.cli import command_parser, fields_and_kwargs
-from pretrain.device import choose_device
 from pretrain.files import write_text
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
@@ -60,6 +57,10 @@ BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
+    import torch
+
+    from pretrain.device import choose_device
+
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that it starts

@@ -86,9 +86,10 @@ def queries_figure(image: Tensor, maps: Sequence[tuple[str, Tensor]], queries: S
     (height, width), rows = image.shape[1:], 1 + len(maps)
     size = (1.9 * len(queries) + 0.4, 1.9 * rows * height / width)
     figure, axes = grid_of_axes(rows, len(queries), size)
-    for axis, query in zip(axes[0], queries):
-        bare(axis).imshow(displayable(image), extent=(0, width, height, 0))
-        axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
+    grid = (maps[0][1].shape[1], maps[0][1].shape[2])
+    for number, (axis, query) in enumerate(zip(axes[0], queries), 1):
+        bare(axis, f"query {number}").imshow(displayable(image), extent=(0, width, height, 0))
+        drawn.query_dot(axis, query, grid, (height, width))
     axes[0, 0].set_ylabel("image", fontsize=8)
     for row, (name, heats) in zip(axes[1:], maps):
         row[0].set_ylabel(plain(name, LONGEST_NAME), fontsize=7)

@@ -6,9 +6,8 @@ Pixels that are not counted are hatched in gray.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -18,9 +17,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.analysis.colors import HATCHED, distinct_colors
 from pretrain.analysis.feature_figures import pca_figure
 from pretrain.analysis.figures import bare, forget, grid_of_axes, plain, save
-from pretrain.analysis.pca import as_colors, principal_components, turned_like
+from pretrain.analysis.pca import pca_colors
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import resized
@@ -36,16 +36,6 @@ OUTLINED_CAPTION = (
 MOST_IN_LEGEND = 32
 COLUMN_IN, SIDE_PX = 2.6, 360  # of an image: width in inches; longer side in pixels
 SHARE = 0.75  # of the colors over the gray image
-HATCHED = (0.62, 0.8)  # gray levels of pixels that are not counted
-# What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1:
-# protan, deutan, tritan.
-DEFICIENT = np.array(
-    [
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-    ]
-)
 
 
 class Features(Protocol):
@@ -106,12 +96,10 @@ def components(
         side = max(1, round(image_px / patch))
         squares = torch.stack([resized(image, (side * patch, side * patch)) for image in images])
         with torch.no_grad():
-            rows = torch.cat([tokens.patches.flatten(0, 1).cpu() for tokens in seen(squares)])  # [n * N, D]
-        scores = principal_components(rows)
-        first = scores if first is None else first
-        if found and first.shape == scores.shape:
-            scores = turned_like(scores, first)
-        found[name] = list(as_colors(scores).view(len(images), side, side, 3))
+            own = torch.cat([tokens.patches.cpu() for tokens in seen(squares)])  # [n, N, D]
+        colors = pca_colors(list(own), like=None if first is None else list(first))
+        first = own if first is None else first
+        found[name] = [part.unflatten(0, (side, side)) for part in colors]
     return found
 
 
@@ -190,41 +178,3 @@ def painted(
         mixed[cv2.dilate(edges.astype(np.uint8), cross) > 0] = 1.0
         mixed[edges] = 0.0
     return mixed
-
-
-# --- colors -----------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
-    """Colors (r, g, b) in [0, 1], each as far from those before it as can be, whatever the count.
-
-    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black,
-    white or gray.
-    """
-    levels = np.linspace(0, 1, 15)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    seen = _lab(candidates)  # [eyes, M, 3]
-    lightness, chroma = seen[0, :, 0], np.hypot(seen[0, :, 1], seen[0, :, 2])
-    keep = (lightness > 25) & (lightness < 92) & (chroma > 25)
-    candidates, seen = candidates[keep], seen[:, keep]
-    grays = _lab(np.repeat([[0.0], [0.45], [HATCHED[0]], [HATCHED[1]], [1.0]], 3, axis=1))
-    nearest = np.min([_distance(seen, grays[:, i : i + 1]) for i in range(grays.shape[1])], axis=0)
-    chosen: list[Any] = []
-    for _ in range(count):
-        best = int(nearest.argmax())  # with more colors than candidates they repeat
-        chosen.append(tuple(candidates[best].tolist()))
-        nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))
-    return tuple(chosen)
-
-
-def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of colors [eyes, M, 3] and [eyes, 1, 3] to the worst eye, [M]."""
-    return np.sqrt(np.square(a - b).sum(-1)).min(0)
-
-
-def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
-    """sRGB [M, 3] as CIE Lab (D65) for four eyes, [4, M, 3]."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    eyes = np.stack([linear, *(np.clip(linear @ matrix.T, 0, 1) for matrix in DEFICIENT)])
-    return cv2.cvtColor(eyes.astype(np.float32), cv2.COLOR_LRGB2Lab).astype(np.float64)

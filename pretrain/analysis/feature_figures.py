@@ -11,15 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from pretrain.analysis.attention import patch_at
-from pretrain.analysis.figures import bare, grid_of_axes, plain
+from pretrain.analysis.figures import bare, grid_of_axes, plain, query_dot
 from pretrain.analysis.pca import Place
 from pretrain.results.curves import style_of
 from pretrain.results.pages import from_template
 from pretrain.results.runs import Figure as Shown
 
 TRUE_COLOR, FOUND_COLORS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
-RED_DOT: dict[str, Any] = dict(marker="o", color="red", ms=5, mec="white", mew=0.6)
 MAX_WIDTH_IN = 24.0
 
 
@@ -72,9 +70,11 @@ def similarity_figure(
     height, width = image.shape[1:]
     figure, axes = _panels(1 + len(maps), [width / height] * len(queries), 2.2, color_bars=True)
     extent = (0, width, height, 0)
-    for axis, (x, y) in zip(axes[0], queries):
+    grids = [(cosine[0].shape[0], cosine[0].shape[1]) for cosine in maps.values()]
+    for number, (axis, query) in enumerate(zip(axes[0], queries), 1):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        axis.plot(x * width, y * height, **RED_DOT)
+        axis.set_title(f"query {number}", fontsize=8)
+        query_dot(axis, query, grids[0], (height, width))
     for row, (label, cosines) in zip(axes[1:], maps.items()):
         row[0].set_ylabel(plain(label, 28), fontsize=9)
         low = min(float(cosine.min()) for cosine in cosines)
@@ -82,8 +82,7 @@ def similarity_figure(
             rows, columns = cosine.shape
             drawn = {"extent": extent, "interpolation": "nearest", "vmin": min(low, 0.99), "vmax": 1}
             shown = axis.imshow(cosine.numpy(), cmap="viridis", **drawn)
-            i, j = patch_at(query, (rows, columns))
-            axis.plot((j + 0.5) / columns * width, (i + 0.5) / rows * height, **RED_DOT)
+            query_dot(axis, query, (rows, columns), (height, width))
         figure.colorbar(shown, ax=row.tolist(), shrink=0.85, pad=0.01, aspect=14).ax.tick_params(labelsize=7)
     return figure
 
@@ -145,6 +144,7 @@ class Boxed(NamedTuple):
 
 def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
     """True boxes (green) and those that were found (LOST red, TokenCut blue), with what hit."""
+    columns = min(columns, len(pictures))
     n_rows = -(-len(pictures) // columns)
     figure, axes = grid_of_axes(n_rows, columns, (3.0 * columns, 2.7 * n_rows))
     for axis in axes.flat:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from pretrain.analysis.attention import last_layer, patch_at
+from pretrain.analysis.attention import LastLayer, last_layer, patch_at
 from pretrain.analysis.pca import Place, pca_colors
 from pretrain.backbones.vit import ViT
 from pretrain.files import read_json, replacing, write_json
@@ -33,7 +33,8 @@ from pretrain.views.masks import Masks
 from pretrain.views.pixels import MEAN, STD
 
 GLOBAL_COLOR, LOCAL_COLOR = "#d1495b", "#00798c"
-LOCALS_SHOWN = 4  # in a running training
+LOCALS_SHOWN = 4
+STRIPES = (0.1, 0.95)  # gray levels of masked content
 QUERIES = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))
 
 
@@ -100,63 +101,92 @@ def bare(axis: Any, title: str = "") -> Any:
     return axis
 
 
-def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height: float = 1) -> None:
-    """Outlines of boxes [V, 4] in image units on an axis of this size: global ones red, local ones blue."""
+def rectangles(axis: Any, boxes: Tensor, n_global: int) -> None:
+    """Outlines of boxes [V, 4], global ones red, local ones blue, with a white edge."""
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         color = GLOBAL_COLOR if i < n_global else LOCAL_COLOR
-        place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
-        axis.add_patch(Rectangle(place, *size, fill=False, edgecolor=color, linewidth=1.6))
+        for edge, width in (("white", 3.2), (color, 1.6)):
+            line: dict[str, Any] = {"fill": False, "edgecolor": edge, "linewidth": width}
+            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **line))
 
 
 def views_figure(
-    images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Sequence[Tensor]], has_field: bool
+    global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool, images: Sequence[Tensor] = ()
 ) -> Figure:
-    """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
+    """One row an image: its boxes, its position boxes in the field (where tied to it), and the crops, single.
+
+    The boxes stand on the image where it is given, else on the crops at their places.
 
     Args:
-        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalized, a
-            list an image.
+        global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
+        views: of n images or more.
+        images: uint8 [3, H, W] each, none or n.
     """
-    n_boxes = 1 + has_field
-    columns = n_boxes + len(crops[0])
-    figure, axes = grid_of_axes(len(images), columns, (1.5 * columns, 1.6 * len(images)))
-    for row, image, view, pixels in zip(axes, images, views, crops):
-        bare(row[0], "boxes in the image").imshow(displayable(image))
-        rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
-        if has_field:
-            bare(row[1], "position boxes in P")
-            row[1].set(xlim=(0, 1), ylim=(1, 0), aspect=image.shape[1] / image.shape[2], facecolor="#f2f2f2")
-            rectangles(row[1], view.position_boxes[0], view.n_global)
-        for i, (axis, crop) in enumerate(zip(row[n_boxes:], pixels)):
-            flipped = ", flipped" if view.flips[0, i] else ""
-            bare(axis, f"{'global' if i < view.n_global else 'local'}{flipped}").imshow(displayable(crop))
+    n_global, n = global_crops.shape[:2]
+    chosen = [*range(n_global), *range(n_global, n_global + len(local_crops))]
+    boxes = {"boxes in the image" if images else "crops at their boxes in the image": views.boxes}
+    if is_tied:
+        boxes["crops at their position boxes in P"] = views.position_boxes
+    widths = [1.6] * len(boxes) + [1.0] * len(chosen)
+    figure, axes = grid_of_axes(n, len(widths), (1.5 * sum(widths), 2.6 * n), width_ratios=widths)
+    for image, row in enumerate(axes):
+        crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
+        flips = views.flips[image].tolist()
+        aspect = images[image].shape[1] / images[image].shape[2] if images else 1.0
+        for i, (axis, (title, places)) in enumerate(zip(row, boxes.items())):
+            if images and i == 0:
+                axis.imshow(displayable(images[image]), extent=(0, 1, 1, 0))
+            else:
+                for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, places[image, chosen].tolist()):
+                    turned = crop[:, ::-1] if flip else crop
+                    axis.imshow(turned, extent=(x0, x1, y1, y0), interpolation="bilinear")
+            bare(axis, title).set(xlim=(0, 1), ylim=(1, 0), aspect=aspect, facecolor="#f2f2f2")
+            rectangles(axis, places[image, chosen], n_global)
+        for view, axis, crop in zip(chosen, row[len(boxes) :], crops):
+            number = f"global {view + 1}" if view < n_global else f"local {view - n_global + 1}"
+            bare(axis, number + (", flipped" if flips[view] else "")).imshow(crop)
     return figure
 
 
 def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
-    """Global crops with their masks: content-masked ones, and in a second row, gray, position-masked ones.
+    """Global crops with their masks: content-masked ones, hatched, and in a second row, gray, position-masked ones in red.
 
     Args:
         crops: [C, 3, S, S], levels or normalized; masks: of the same crops.
     """
-    rows = [("content", masks.content, "white", 0.9), ("position", masks.position, GLOBAL_COLOR, 0.55)]
-    rows = [row for row in rows if row[1].any()]
-    n_rows, side = max(len(rows), 1), crops.shape[-1]
-    figure, axes = grid_of_axes(n_rows, n_each, (1.9 * n_each, 2.1 * n_rows))
+    kinds = {"content": masks.content, "position": masks.position}
+    chosen = {kind: mask.any(1).nonzero().flatten().tolist()[:n_each] for kind, mask in kinds.items()}
+    chosen = {kind: found for kind, found in chosen.items() if found}
+    n_rows, n_columns = max(len(chosen), 1), max(map(len, chosen.values()), default=1)
+    figure, axes = grid_of_axes(n_rows, n_columns, (1.9 * n_columns, 2.1 * n_rows))
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, (kind, mask, color, strength) in zip(axes, rows):
-        for axis, crop in zip(row, mask.any(1).nonzero().flatten().tolist()):
+    for row, (kind, found) in zip(axes, chosen.items()):
+        for axis, crop in zip(row, found):
+            mask = kinds[kind][crop]
             axis.set_axis_on()
-            bare(axis, f"{kind}: {int(mask[crop].sum())} of {mask.shape[1]} patches")
-            pixels = displayable(crops[crop])
-            if kind == "position":  # red is visible on gray
-                pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
-            axis.imshow(pixels, extent=(0, side, side, 0))
-            cover = np.full((*grid, 4), matplotlib.colors.to_rgba(color))
-            cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * strength
-            axis.imshow(cover, extent=(0, side, side, 0), interpolation="nearest")
+            bare(axis, f"{kind}: {int(mask.sum())} of {len(mask)} patches")
+            axis.imshow(masked(crops[crop], mask.unflatten(0, grid), kind))
     return figure
+
+
+def masked(crop: Tensor, mask: Tensor, kind: str) -> np.ndarray:
+    """A crop with its masked patches, float [H, W, 3] in [0, 1]. Masked content is hatched in black and white, which is
+    seen on any picture; masked positions are red on the gray picture, for their content stays.
+
+    Args:
+        crop: [3, H, W], levels or normalized; mask: [h, w] bool.
+    """
+    pixels = displayable(crop)
+    size = pixels.shape[:2]
+    rows, columns = (np.arange(side) * n // side for side, n in zip(size, mask.shape))
+    covered = mask.cpu().numpy()[rows][:, columns][..., None]
+    if kind == "content":
+        stripes = np.where(np.indices(size).sum(0) // max(size[0] // 40, 1) % 2, *STRIPES)[..., None]
+        return np.where(covered, stripes, pixels)
+    gray = pixels.mean(-1, keepdims=True).repeat(3, -1)
+    red = np.array(matplotlib.colors.to_rgb(GLOBAL_COLOR))
+    return np.where(covered, 0.4 * gray + 0.6 * red, gray)
 
 
 def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
@@ -174,38 +204,46 @@ def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
 
 def attention_figure(
     images: Tensor, maps: Tensor, queries: Sequence[Place], whole: Tensor | None = None,
-    titles: tuple[str, str, str] = ("", "", ""),
+    titles: tuple[str, str] = ("image and queries", ""),
 ) -> Figure:  # fmt: skip
-    """One row an image: last-layer attention of query patches, marked with a red dot (paper Fig. 6).
+    """One row an image with its query patches, marked by numbered dots, and a panel of what each attends to in the last
+    layer (paper Fig. 6).
 
     Args:
         images: [B, 3, H, W], levels or normalized; maps: [B, Q, h, w] of Q queries.
         whole: [B, h, w], a map before these that belongs to no patch.
-        titles: of the columns of images, of this map, and of the queries.
+        titles: of the images, and of that map.
     """
     columns = 1 + (whole is not None) + len(queries)
     figure, axes = grid_of_axes(len(images), columns, (2 * columns, 2.2 * len(images)))
     height, width = images.shape[2:]
+    grid = (maps.shape[2], maps.shape[3])
     for i, (row, image) in enumerate(zip(axes, images)):
-        bare(row[0], titles[0]).imshow(displayable(image))
+        bare(row[0], titles[0]).imshow(displayable(image), extent=(0, width, height, 0))
+        for number, query in enumerate(queries, 1):
+            query_dot(row[0], query, grid, (height, width), str(number))
         if whole is not None:
             bare(row[1], titles[1]).imshow(whole[i], extent=(0, width, height, 0), cmap="viridis")
-        for axis, query, heat in zip(row[-len(queries) :], queries, maps[i]):
-            heat_map(bare(axis, titles[2]), heat, query, (height, width))
+        for number, (axis, query, heat) in enumerate(zip(row[-len(queries) :], queries, maps[i]), 1):
+            heat_map(bare(axis, f"attention of query {number}"), heat, query, (height, width), str(number))
     return figure
 
 
-def heat_map(axis: Any, heat: Tensor, query: Place, size_px: Sequence[int]) -> None:
-    """A map [h, w] in the place of an image (height, width); a red dot at ``query`` (x, y in image units)."""
+def heat_map(axis: Any, heat: Tensor, query: Place, size_px: Sequence[int], number: str = "") -> None:
+    """A map [h, w] in the place of an image (height, width), and its query."""
     axis.imshow(heat, extent=(0, size_px[1], size_px[0], 0), cmap="viridis")
-    query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px)
+    query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px, number)
 
 
-def query_dot(axis: Any, query: Place, grid: tuple[int, int], size_px: Sequence[int]) -> None:
-    """A red dot at the center of the patch at ``query`` (x, y in image units)."""
+def query_dot(
+    axis: Any, query: Place, grid: tuple[int, int], size_px: Sequence[int], number: str = ""
+) -> None:
+    """A red dot with a white edge at the center of the patch at ``query`` (x, y in image units), with its number."""
     row, column = patch_at(query, grid)
     x, y = (column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0]
-    axis.plot(x, y, "o", color="red", markersize=5)
+    size, edge = (9, 1.0) if number else (5, 0.6)
+    axis.plot(x, y, "o", color="#d00000", markersize=size, markeredgecolor="white", markeredgewidth=edge)
+    axis.text(x, y, number, color="white", fontsize=6, weight="bold", ha="center", va="center_baseline")
 
 
 def plain(text: str, most: int = 40) -> str:
@@ -220,71 +258,73 @@ def training_images(
     teacher: ViT, global_crops: Tensor, local_crops: Tensor, views: Views, masks: Masks | None, *,
     n_images: int = 3, autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Images, uint8 [H, W, 3], of the first images of a batch: ``views``, ``attention``, ``pca``, ``masks`` if any.
-
-    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves; draws no random number.
+    """:func:`training_figures` of the first images of a batch as pixels, uint8 [H, W, 3].
 
     Args:
         teacher: on the device of the crops.
-        global_crops: [G * B, 3, S, S] normalized, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
-        views, masks: of the same batch.
     """
-    batch_size = len(views.boxes)
-    n = min(n_images, batch_size)
-    big, small = (crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops))
-    # [G, n, 3, S, S]
-    of_globals = (t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1) for t in views.globals)
-    boxes, flips = (t.to(big.device) for t in of_globals)
-    was_training = teacher.training
-    teacher.eval()
-    with autocast or nullcontext():
-        seen = last_layer(teacher, big[:2].flatten(0, 1), boxes, flips)
-    teacher.train(was_training)
-    grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
+    n = min(n_images, len(views.boxes))
     is_tied = teacher.pos_encoding in ("field", "rotary") and views.tied
-    places = [row * grid[1] + column for row, column in (patch_at(query, grid) for query in QUERIES)]
-    maps = seen.patches[:n, places].float().cpu().unflatten(2, grid)
-    cls = seen.cls[:n].float().cpu().unflatten(1, grid)
-    of_cls = "attention of [CLS]" if teacher.has_cls else "mean attention"
-    titles = ("global 1", of_cls, "attention of the red patch")
-    colors = torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))
-    figures = {
-        "views": crops_figure(big, small[:LOCALS_SHOWN], views, is_tied),
-        "attention": attention_figure(big[0], maps, QUERIES, cls, titles),
-        "pca": pca_figure(big[:2], colors),
-    }
-    if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
-        figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)
+    with autocast or nullcontext():
+        seen = look(teacher, global_crops, views, n)
+    figures = training_figures(
+        seen, global_crops, local_crops, views, masks, is_tied, n, has_cls=teacher.has_cls
+    )
     return {name: as_array(figure) for name, figure in figures.items()}
 
 
-def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool) -> Figure:
-    """One row an image: crops at their boxes, at their position boxes in the field (where tied to it), and single.
+def look(teacher: ViT, global_crops: Tensor, views: Views, n: int) -> LastLayer:
+    """What the last layer makes of the first two global crops of n images, [2 * n, ...] view-major (one crop: [n, ...]).
+
+    The teacher sees them once, in evaluation mode, which it leaves; draws no random number.
 
     Args:
-        global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
-        views: of n images or more.
+        global_crops: [G * B, 3, S, S] normalized, view-major; views: of the same batch.
     """
-    n_global, n = global_crops.shape[:2]
-    shown = [*range(n_global), *range(n_global, n_global + len(local_crops))]
-    boxes = {"crops at their boxes in the image": views.boxes}
-    if is_tied:
-        boxes["crops at their position boxes in P"] = views.position_boxes
-    widths = [1.6] * len(boxes) + [1.0] * len(shown)
-    figure, axes = grid_of_axes(n, len(widths), (1.5 * sum(widths), 2.6 * n), width_ratios=widths)
-    for image, row in enumerate(axes):
-        crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
-        flips = views.flips[image].tolist()
-        for axis, (title, places) in zip(row, boxes.items()):
-            for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, places[image, shown].tolist()):
-                turned = crop[:, ::-1] if flip else crop
-                axis.imshow(turned, extent=(x0, x1, y1, y0), interpolation="bilinear")
-            bare(axis, title).set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
-            rectangles(axis, places[image, shown], n_global)
-        for view, axis, crop in zip(shown, row[len(boxes) :], crops):
-            number = f"global {view + 1}" if view < n_global else f"local {view - n_global + 1}"
-            bare(axis, number + (", flipped" if flips[view] else "")).imshow(crop)
-    return figure
+    batch_size = len(views.boxes)
+    crops, boxes, flips = (
+        t.to(global_crops.device).unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1)
+        for t in (global_crops, *views.globals)
+    )
+    was_training = teacher.training
+    teacher.eval()
+    seen = last_layer(teacher, crops, boxes, flips)
+    teacher.train(was_training)
+    return seen
+
+
+def training_figures(
+    seen: LastLayer | None, global_crops: Tensor, local_crops: Tensor, views: Views, masks: Masks | None,
+    is_tied: bool, n: int, *, images: Sequence[Tensor] = (), has_cls: bool = True, like: Tensor | None = None,
+) -> dict[str, Figure]:  # fmt: skip
+    """What a pre-training sees and makes of n images: ``views``, ``masks`` if any, ``attention`` and ``pca``.
+
+    Args:
+        seen: of :func:`look`; none: the last two are left out.
+        global_crops: [G * B, 3, S, S] normalized, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
+        views, masks: of the same batch.
+        is_tied: whether the position boxes mean places in the field.
+        images: uint8 [3, H, W] each, none or n.
+        like: the features of another network for the same crops, to which the colors of ``pca`` come near.
+    """
+    batch_size = len(views.boxes)
+    big, small = (crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops))
+    figures = {"views": views_figure(big, small[:LOCALS_SHOWN], views, is_tied, images)}
+    if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
+        side = round(masks.content.shape[1] ** 0.5)
+        figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), (side, side))
+    if seen is None:
+        return figures
+    n_patches = seen.patches.shape[1]
+    grid = (round(n_patches**0.5),) * 2  # global crops are squares
+    places = [row * grid[1] + column for row, column in (patch_at(query, grid) for query in QUERIES)]
+    maps = seen.patches[:n, places].float().cpu().unflatten(2, grid)
+    cls = seen.cls[:n].float().cpu().unflatten(1, grid)
+    titles = ("global 1", "attention of [CLS]" if has_cls else "mean attention")
+    figures["attention"] = attention_figure(big[0], maps, QUERIES, cls, titles)
+    colors = pca_colors(list(seen.features), like=None if like is None else list(like))
+    figures["pca"] = pca_figure(big[:2], torch.stack(colors).unflatten(1, grid).unflatten(0, (-1, n)))
+    return figures
 
 
 def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:

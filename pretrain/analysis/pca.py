@@ -34,7 +34,11 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
     return centered @ (axes * largest.sign())
 
 
-def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:
+def pca_colors(
+    features: Sequence[Tensor],
+    background: Sequence[Tensor] | None = None,
+    like: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """The first three components of the patches of several images, found over all of them together, as red,
     green and blue.
 
@@ -42,6 +46,8 @@ def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None =
         features: [N, D] an image; N may differ.
         background: [N] bool an image, patches that are left out and become black; at least three patches
             remain.
+        like: [N, D'] an image, features of another network for the same patches: the components are turned as a
+            whole so that the colors come nearest to its own. Where it has other patches, nothing is turned.
 
     Returns:
         [N, 3] float32 in [0, 1] on the CPU an image; each channel runs from its 2nd to its 98th percentile.
@@ -49,7 +55,11 @@ def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None =
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
     kept = ~torch.cat(list(background)).cpu() if background else torch.ones(len(rows), dtype=torch.bool)
     rgb = torch.zeros(len(rows), 3)
-    rgb[kept] = as_colors(principal_components(rows[kept]))
+    scores = principal_components(rows[kept])
+    other = rows if like is None else torch.cat([part.detach().cpu() for part in like])
+    if like is not None and len(other) == len(rows):
+        scores = turned_like(scores, principal_components(other[kept]))
+    rgb[kept] = as_colors(scores)
     return list(rgb.split([len(part) for part in features]))
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.checkpoints import sharded, store
+from pretrain.checkpoints import store
 from pretrain.checkpoints.found import Found
 from pretrain.checkpoints.store import META
 from pretrain.checkpoints.tensors import STATE, copy_to_cpu, write_tensors
@@ -119,7 +119,9 @@ class Writer:
         """Write; what fails is kept for :meth:`wait`, which raises it."""
         try:
             if self.is_sharded:
-                sharded.save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
+                from pretrain.checkpoints.sharded import save_sharded  # as in the package
+
+                save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
             else:
                 write(self.folder, iteration, copies, meta, self.keep)
         except BaseException as error:

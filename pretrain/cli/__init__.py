@@ -11,8 +11,15 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import DiskError, Interrupted, UserError, disk_problem, explained_shortage, one_line
-from pretrain.settings import plain, split_words
+from pretrain.errors import (
+    DiskError,
+    Interrupted,
+    UserError,
+    disk_problem,
+    explained_shortage,
+    missing_package,
+    one_line,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,10 +53,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         with explained_shortage("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
     # OSError names the file; of a loss the run has said where
-    except (UserError, OSError, FloatingPointError) as error:
-        if show_traceback:
+    except (UserError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        told = missing_package(error.name or "") if isinstance(error, ModuleNotFoundError) else str(error)
+        if show_traceback or not told:
             raise
-        told = str(error)
         if way := isinstance(error, OSError) and disk_problem(error):
             told = way
         if way or isinstance(error, DiskError):
@@ -121,6 +128,8 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
     Raises:
         UserError: a word without ``=``, or a key that is given twice.
     """
+    from pretrain.settings import plain, split_words  # loads pydantic, half of the time of `posfield --help`
+
     fields = split_words(words)
     given = {key: fields.pop(key) for key in list(fields) if key.startswith("backbone.")}
     for key, option in (("backbone.name", "backbone"), ("backbone.weights", "weights")):

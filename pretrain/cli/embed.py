@@ -7,12 +7,7 @@ The file holds ``names`` [n] and ``vectors`` [n, D] float32: ``numpy.load("embed
 
 from pathlib import Path
 
-import numpy as np
-
-from pretrain.build import build_backbone
 from pretrain.cli import at_least, command_parser
-from pretrain.data.sources import DataSettings, open_source
-from pretrain.embed import embed
 
 
 def main(arguments: list[str]) -> None:
@@ -29,6 +24,12 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     at_least(options, size=1, batch=1)
+    import numpy as np
+
+    from pretrain.build import build_backbone  # loads torch
+    from pretrain.data.sources import DataSettings, open_source
+    from pretrain.embed import embed
+
     backbone = build_backbone(options.backbone, options.weights, source=options.source)
     size, batch = options.size, options.batch
     vectors = embed(options.images, backbone, size_px=size, batch_size=batch, device=options.device)

@@ -4,7 +4,7 @@ posfield analyze features --weights runs/x/backbone.safetensors dino_vitbase16_p
     --query 0.3,0.5 --query 0.7,0.5
 
 Leaves figures/ (pca and one similarity-N an image, each .png and .svg) and features.html, which holds them all. The components
-are those of all images together, for each checkpoint its own.
+are those of all images together, for each checkpoint its own, turned so that the colors come nearest to the first one's.
 """
 
 import argparse
@@ -46,13 +46,15 @@ def main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     pictures = pictures_of(options, lambda pixels: pixels)
     colors: Maps = {}
+    first: list[Tensor] | None = None
     cosines: list[Maps] = [{} for _ in pictures.names]
     for subject in subjects:
         grids, features = look(subject, pictures.pixels, options, device)
         hidden = background_by_pca(features, grids) if options.foreground else None
         if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
             raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
-        rgbs = pca_colors(features, hidden)
+        rgbs = pca_colors(features, hidden, first)
+        first = features if first is None else first
         colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(rgbs, grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
@@ -95,6 +97,8 @@ def draw(
 ) -> list[Shown]:  # fmt: skip
     """All figures, with the captions of the page."""
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
+    if len(colors) > 1:
+        caption += f" Those of the others are turned so that the colors come nearest to those of {next(iter(colors))}."
     if options.foreground:
         caption += " Black: the background, one side of the first component of all patches."
     folder = options.output / "figures"

@@ -1,4 +1,5 @@
-"""One self-contained html page of the given runs: summary, curves, tables, figures, hashes.
+"""One self-contained html page of the given runs: scores and tables, pictures side by side, curves, figures, hardware,
+versions and hashes.
 
     posfield report RUNS... --output report.html [--title TITLE] [--layout list|paper|dense] [--tables 1]
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
     add("--output", type=Path, required=True)
     add("--title", default="Results")
     add("--layout", choices=LAYOUTS, default="list", help="of the tables: see posfield table")
-    add("--tables", default="", help='published ones: a comma list such as "1,2,7", or "all" (1)')
+    add("--tables", default="", help='published ones to show too: "1,2,7", "all", ... (none)')
     add("--against", default="", metavar="METHOD", help="see posfield table")
     options = parser.parse_args(arguments)
 

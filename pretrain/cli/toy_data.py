@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.cli import command_parser
 from pretrain.data.toy_sets import write_toy_data
+from pretrain.log import ProgressLine
 
 
 def main(arguments: list[str]) -> None:
@@ -22,9 +23,18 @@ def main(arguments: list[str]) -> None:
     add("--overwrite", action="store_true", help="replace toy data that the folder already holds")
     options = parser.parse_args(arguments)
 
-    start = time.perf_counter()
+    start, n_written = time.perf_counter(), 0
+    line = ProgressLine("compose", options.images + options.train + options.val)
+
+    def tell() -> None:
+        nonlocal n_written
+        n_written += 1
+        each_s = (time.perf_counter() - start) / n_written
+        line.update(n_written, "", each_s * (line.total - n_written))
+
     record = write_toy_data(options.output, n_images=options.images, n_train=options.train, n_val=options.val,
-                            size_px=options.size, seed=options.seed, overwrite=options.overwrite)  # fmt: skip
+                            size_px=options.size, seed=options.seed, overwrite=options.overwrite, tell=tell)  # fmt: skip
+    line.close()
     if not record["written"]:
         print(f"{options.output} already holds this toy data: nothing to do")
         return

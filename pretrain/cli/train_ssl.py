@@ -17,14 +17,8 @@ from typing import Any
 # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from pretrain import distributed, plan
 from pretrain.cli import add_data_changed, command_parser
-from pretrain.config import load_config, load_saved
-from pretrain.data.sources import open_source
 from pretrain.errors import Interrupted
-from pretrain.methods.method import RunSettings
-from pretrain.train import train
-from pretrain.weights import backbone_name, read_checkpoint
 
 PATHS = {"start": "backbone.weights", "data": "data.root", "output": "run.output"}
 
@@ -35,6 +29,12 @@ def settings_of(options: argparse.Namespace) -> Any:
     Raises:
         UserError: names the key and the value, or the file.
     """
+    from pretrain import plan
+    from pretrain.config import load_config, load_saved
+    from pretrain.data.sources import open_source
+    from pretrain.methods.method import RunSettings
+    from pretrain.weights import backbone_name, read_checkpoint
+
     words = [*options.overrides, *(f"{key}={v}" for name, key in PATHS.items() if (v := vars(options)[name]))]
     if options.resume and not (options.config or options.start):
         # a folder knows its settings
@@ -78,7 +78,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     if "=" in options.resume:  # `--resume key=value`: --resume stands alone
         options.overrides, options.resume = [options.resume, *options.overrides], "auto"
+    from pretrain import distributed  # loads torch, which a command line that is refused does without
+    from pretrain.log import log
+    from pretrain.train import train
+
     config = settings_of(options)
+    log(
+        f"images: {config.data.root}; into {config.run.output}"
+    )  # to list them, and to load what learns, takes seconds
     try:
         train(config, resume=options.resume, data_changed=options.data_changed)
     except Interrupted:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as transforms
 
 from pretrain.data.broken import may_be_cut_off
 from pretrain.data.decode import BrokenImage, decode, rgb_of, upright
@@ -155,6 +154,8 @@ def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
     Returns:
         uint8 [3, crop, crop].
     """
+    from torchvision.transforms import functional as transforms  # loads torch's compiler: two seconds
+
     image = transforms.resize(Image.fromarray(pixels), resize_px, transforms.InterpolationMode.BICUBIC)
     return transforms.pil_to_tensor(transforms.center_crop(image, crop_px)).contiguous()
 

@@ -83,7 +83,7 @@ def _locate(file: str) -> Path:
     spec = importlib.util.find_spec(package)  # finds the folder without the cost of the import
     if spec is None or not spec.submodule_search_locations:
         told = f"the toy data is made of photographs in {name}, not installed"
-        raise UserError(f"{told}: pip install scikit-image scikit-learn")
+        raise UserError(f"{told}: pip install 'posfield[demo]'")
     path = Path(spec.submodule_search_locations[0]) / inside / file
     if not path.is_file():
         raise UserError(f"{path} is missing in the installed {name}: pip install --force-reinstall {name}")

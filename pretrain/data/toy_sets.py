@@ -8,6 +8,7 @@ with a hole is cut through the hole into pieces without one.
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,14 @@ def _annotation(mask: np.ndarray, kind: int, image_id: int, annotation_id: int) 
 
 
 def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 240, n_val: int = 60,
-                   size_px: int = 160, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
+                   size_px: int = 160, seed: int = 0, overwrite: bool = False,
+                   tell: Callable[[], None] = lambda: None) -> dict[str, Any]:  # fmt: skip
     """Write ``folder/{images,coco,ade,toy.json}`` and return toy.json's content, with ``written`` added.
 
     ``written`` is False when the folder already held the data of these arguments and was left as it is.
     toy.json comes last: without it a folder is unfinished and is begun anew.
+
+    ``tell`` is called once a picture is written.
 
     Raises :class:`UserError` for a folder with data of other arguments (unless ``overwrite``) or with folders
     of these names that are not ours (always), for a negative number, and for ``size_px`` below 64.
@@ -124,8 +128,9 @@ def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 24
     unfinished = _begin(folder, ours=existing is not None)
     for index in range(n_images):
         _write_jpeg(folder / "images" / f"{index:08d}.jpg", compose(index, "pretrain", seed, size_px).image)
-    _write_labeled(folder, "train", n_train, seed, size_px)
-    _write_labeled(folder, "val", n_val, seed, size_px)
+        tell()
+    _write_labeled(folder, "train", n_train, seed, size_px, tell)
+    _write_labeled(folder, "val", n_val, seed, size_px, tell)
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     put_in_place(unfinished, folder / "toy.json")
     return {**record, "written": True}
@@ -163,7 +168,9 @@ def _begin(folder: Path, ours: bool) -> Path:
     return unfinished
 
 
-def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) -> None:
+def _write_labeled(
+    folder: Path, split: str, n: int, seed: int, size_px: int, tell: Callable[[], None]
+) -> None:
     """The same images as COCO (``coco/``) and as ADE20K (``ade/ADEChallengeData2016/``)."""
     coco, ade = folder / "coco", folder / "ade" / "ADEChallengeData2016"
     ade_split = {"train": "training", "val": "validation"}[split]
@@ -185,6 +192,7 @@ def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) ->
         _write_jpeg(targets[0] / f"{image_id:012d}.jpg", picture.image)
         _write_jpeg(targets[1] / f"ADE_{split}_{index + 1:08d}.jpg", picture.image)
         _write_encoded(targets[2] / f"ADE_{split}_{index + 1:08d}.png", ade_labels(picture), [])
+        tell()
     # Without these, a reader has but numbers, and the rim is a class
     (ade / "classes.txt").write_text("\n".join(("rim", "background", *CLASSES)) + "\n")
     (ade / "labels.yaml").write_text(f"void: [{ADE_RIM}, 255]\n")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pretrain.data.datasets import LabelSet
@@ -95,6 +94,8 @@ def hungarian(confusion: Tensor) -> Tensor:
     the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if K > C. (Leopart makes background
     of those; no protocol matches one to one with K > C.)
     """
+    from scipy.optimize import linear_sum_assignment  # half a second
+
     both = confusion.double()
     union = both.sum(0) + both.sum(1, keepdim=True) - both  # [K, C]
     clusters, classes = linear_sum_assignment((both / union.clamp(min=1)).cpu().numpy(), maximize=True)

@@ -22,10 +22,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import submitit
 from pydantic import model_validator
-from submitit.core.utils import DelayedSubmission, FailedJobError, UncompletedJobError
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
@@ -33,6 +32,11 @@ from pretrain.files import write_text
 from pretrain.jobs.stage import Stage
 from pretrain.results.renamed import as_posfield
 from pretrain.settings import Settings, ours
+
+# submitit is of the extra `cluster`; runs on this machine do without.
+if TYPE_CHECKING:
+    import submitit
+    from submitit.core.utils import DelayedSubmission
 
 RESUMABLE = ("pretrain", "detect", "segment", "evaluate dense")  # these take --resume; others begin anew
 INDEX = "{index}"  # in a command of an array: the number of the job
@@ -97,12 +101,16 @@ class ToolJob:
             del words[at : at + (2 if has_value else 1)]
         return ToolJob((*tool, "--resume", *words))
 
-    def checkpoint(self) -> DelayedSubmission:
+    def checkpoint(self) -> "DelayedSubmission":
         """submitit asks for this when it puts the job back into the queue."""
+        from submitit.core.utils import DelayedSubmission
+
         return DelayedSubmission(self.resumed())
 
     def __call__(self) -> None:
         """Run the command. Raises RuntimeError when it fails."""
+        import submitit
+
         task = submitit.JobEnvironment()
         notice = signal.Signals[f"SIG{task.USR_SIG}"]  # what SLURM sends before the time limit
         # submitit's handler: the first task writes checkpoint() down and puts the job back
@@ -148,7 +156,7 @@ def is_ended(job_id: str) -> bool:
     return state not in ("", "RUNNING") and reason != "TimeLimit"
 
 
-def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
+def rank_environment(task: "submitit.JobEnvironment") -> dict[str, str]:
     """What torchrun would have set, for :func:`pretrain.distributed.start`; of one task nothing."""
     if task.num_tasks == 1:
         return {}
@@ -180,14 +188,15 @@ def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
     return [ToolJob(tuple(word.replace(INDEX, str(i)) for word in command)) for i in range(array or 1)]
 
 
-class Executor(submitit.SlurmExecutor):
-    """submitit's, which can also be made where there is no SLURM, to see what it would submit."""
-
-    affinity = classmethod(lambda cls: 2)
-
-
-def slurm_executor(resources: Resources, folder: Path) -> Executor:
+def slurm_executor(resources: Resources, folder: Path) -> "submitit.SlurmExecutor":
     """The executor of a job; ``folder`` gets logs and the job's file (%j: its number)."""
+    import submitit
+
+    class Executor(submitit.SlurmExecutor):
+        """It can also be made where there is no SLURM, to see what it would submit."""
+
+        affinity = classmethod(lambda cls: 2)
+
     executor = Executor(folder, max_num_timeout=resources.max_timeouts)
     executor.update_parameters(
         job_name=resources.name,
@@ -227,6 +236,9 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
     if absent := [program for program in ("sbatch", "srun") if shutil.which(program) is None]:
         instead = "--dry-run shows what would be submitted, --local runs it here"
         raise UserError(f"{absent[0]} is not on the PATH: {instead}")
+    import submitit
+    from submitit.core.utils import FailedJobError
+
     executor = slurm_executor(resources, folder)
     # Where SLURM is, and outside of a job what its user says by SBATCH_ACCOUNT and the like.
     names = ("SLURM_CONF",) if "SLURM_JOB_ID" in os.environ else ("SLURM_", "SBATCH_")
@@ -268,6 +280,9 @@ def run_here(job: ToolJob, resources: Resources, folder: Path) -> None:
     """
     if resources.nodes > 1:
         raise UserError(f"--local: this machine is one node, not {resources.nodes}")
+    import submitit
+    from submitit.core.utils import UncompletedJobError
+
     executor = submitit.LocalExecutor(folder, max_num_timeout=resources.max_timeouts)
     executor.update_parameters(
         timeout_min=60 * resources.hours,

@@ -44,3 +44,9 @@ def started(folder: Path, needed: Collection[str]) -> dict[str, Any]:
     if not isinstance(fields, dict) or not set(needed) <= said.keys():
         raise UserError(f"output: {folder / FILE} is damaged; give --data and the rest")
     return {**said, **fields}
+
+
+def way_on(output: Path) -> str:
+    """What looks at a finished fine-tuning, and what uses it: two commands."""
+    page = f"look at it: posfield report {output} --output {output / 'report.html'}"
+    return f"{page}; use it: posfield predict --run {output} --images PHOTOS --output FOUND"

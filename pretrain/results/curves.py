@@ -16,7 +16,9 @@ SCORES = ("box_ap", "mask_ap", "miou", "lr")  # after the losses
 MOST_POINTS = 300
 _INK = "#010203"  # stands for currentColor until the SVG is written
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-_COLORS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
+# Each as far from those before it as can be, for ordinary eyes and for those without one kind of cones (CIE Lab), among
+# the colors that stand out from a white page and from a dark one (contrast 3 and more)
+COLORS = ("#3380cc", "#e67300", "#99594d", "#b33380", "#664dd9", "#cc1a1a", "#d97399", "#b38c59")
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
 
@@ -33,7 +35,7 @@ class Curve:
 
 def style_of(method: str, methods: Sequence[str], nth: int) -> tuple[str, str]:
     """Color and dash: the color tells the method, the same in every figure; the dash tells its nth run."""
-    return _COLORS[methods.index(method) % len(_COLORS)], list(_DASHES)[nth % len(_DASHES)]
+    return COLORS[methods.index(method) % len(COLORS)], list(_DASHES)[nth % len(_DASHES)]
 
 
 def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
@@ -72,7 +74,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
                 x, mean, low, high = _thinned(points)
                 axes.plot(x, mean, _DASHES[curve.dash], color=curve.color, linewidth=1.6)
                 if len(x) < 10:
-                    axes.plot(x, mean, "o", color=curve.color, markersize=3.5)
+                    axes.plot(x, mean, "o", color=curve.color, markersize=3.5, clip_on=False)
                 axes.fill_between(x, low, high, color=curve.color, alpha=0.18, linewidth=0)
         last = max((iteration for curve in curves for iteration in curve.log), default=0)
         axes.set_xlim(0, max(last, 1))

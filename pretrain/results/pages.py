@@ -10,20 +10,27 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, pass_eval_context
 from markupsafe import Markup
 
-LARGE_BYTES = 200_000
+LARGE_BYTES = 30_000
 
 
 def data_uri(png: bytes) -> str:
     """An image as part of a page: photographs, which PNG keeps badly, as WebP in a quarter of the bytes."""
-    from PIL import Image, features
-
     kind, pixels = "png", png
-    if len(png) >= LARGE_BYTES and features.check("webp"):
-        file = io.BytesIO()
-        Image.open(io.BytesIO(png)).save(file, "WEBP", quality=90)
-        if len(file.getvalue()) < len(png) / 2:
-            kind, pixels = "webp", file.getvalue()
+    if len(png) >= LARGE_BYTES and (smaller := _as_webp(png)) and len(smaller) < len(png) / 2:
+        kind, pixels = "webp", smaller
     return f"data:image/{kind};base64,{base64.b64encode(pixels).decode('ascii')}"
+
+
+def _as_webp(png: bytes) -> bytes:
+    """Nothing for what WebP cannot hold (sides over 16,383 px) or Pillow cannot read: no picture stops a page."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    try:
+        Image.open(io.BytesIO(png)).save(file, "WEBP", quality=90)
+    except Exception:  # on damaged bytes the decoder may raise anything; without WebP a KeyError
+        return b""
+    return file.getvalue()
 
 
 @pass_eval_context

@@ -89,7 +89,11 @@ class Measured:
 
     def score(self, name: str) -> Score | None:
         """A score by the name that the published csv has for it."""
-        return Score.of(self.groups[_group(name)], name.removeprefix("ade20k_"))
+        return Score.of(self.runs_of(name), name.removeprefix("ade20k_"))
+
+    def runs_of(self, name: str) -> list[Result]:
+        """The runs that a score is of."""
+        return self.groups[_group(name)]
 
     def protocol(self, name: str) -> Protocol | None:
         """The protocol that a score was measured by."""

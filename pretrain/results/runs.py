@@ -1,17 +1,18 @@
 """A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl, figures/ and captions.json."""
 
 import io
+import operator
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pretrain import files
 from pretrain.errors import UserError, one_line
-from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.untrusted import (
     MAX_LINE_BYTES,
@@ -28,18 +29,35 @@ from pretrain.results.untrusted import (
 POINTS = "points"  # in a sweep's folder, the folder of its runs
 MAX_ITERATION = 10**12
 MAX_FIGURES_BYTES = 512 << 20  # of a run
+MAX_CELLS = 200  # of a figure
+PREDICTED = "prediction"  # the column of a page of pictures that is the run's own; the others are of its data
 Read = TypeVar("Read")
 # {iteration: {term: value}}, sorted by iteration
 Log = dict[int, dict[str, float]]
 
 
+class Cell(NamedTuple):
+    """A part of a figure that shows one picture: its row (the picture's name), its column ("ground truth",
+    :data:`PREDICTED`, ...), and its place in pixels."""
+
+    row: str
+    column: str
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1
+
+
 @dataclass(frozen=True)
 class Figure:
-    """An image of a run: its title and caption as plain text, its PNG file as bytes."""
+    """An image of a run: its title and caption as plain text, its PNG file as bytes.
+
+    cells   of a page of pictures, so that those of several runs can stand side by side.
+    legend  (name, color "#rrggbb") of what the pictures are colored by.
+    """
 
     title: str
     caption: str
     png: bytes
+    cells: tuple[Cell, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,14 @@ class Run:
     """All that a run left; without metrics.jsonl and probes.jsonl its log is empty.
 
     left_out  a line for each file, or number of one, that cannot be shown, and why.
+    folder    that holds it, of which only as much is shown as sets it apart.
     """
 
     result: Result
     log: Log
     figures: list[Figure]
     left_out: tuple[str, ...] = ()
+    folder: Path = Path()
 
 
 def find_results(paths: Iterable[str | Path]) -> list[Path]:
@@ -127,7 +147,8 @@ def read_run(result_file: Path) -> Run:
         except UserError as error:
             left.append(str(error))
     figures = read_figures(folder / "figures", left)
-    return Run(result, dict(sorted(log.items())), figures, tuple(map(one_line, left)))
+    told = tuple(map(one_line, left))
+    return Run(result, dict(sorted(log.items())), figures, told, Path(os.path.abspath(folder)))
 
 
 def read_log(path: Path, left: list[str]) -> Log:
@@ -167,7 +188,7 @@ def read_figures(folder: Path, left: list[str]) -> list[Figure]:
     What is no picture of a bounded size, a captions.json that is malformed, and an absent file that it names are left
     out, each with a line in ``left``.
     """
-    captions: dict[str, dict[str, str]] = {}
+    captions: dict[str, dict[str, Any]] = {}
     if not folder.resolve().is_relative_to(folder.parent.resolve()):
         left.append(f"{folder}: is a link out of its run's folder")
         return []
@@ -180,7 +201,7 @@ def read_figures(folder: Path, left: list[str]) -> list[Figure]:
     for name in [*captions, *others]:
         try:
             png = read_bytes(folder / name, folder.parent, MAX_PNG_BYTES)
-            _check_png(png, folder / name)
+            size = _size_of_png(png, folder / name)
         except UserError as error:
             left.append(str(error))
             continue
@@ -188,12 +209,36 @@ def read_figures(folder: Path, left: list[str]) -> list[Figure]:
             left.append(f"{folder / name}: with it the figures have more than {MAX_FIGURES_BYTES:,} bytes")
             break
         words = captions.get(name, {"title": Path(name).stem.replace("_", " "), "caption": ""})
-        figures.append(Figure(words["title"], words["caption"], png))
+        try:
+            parts = _cells(words.get("cells", []), size), _legend(words.get("legend", []))
+        except (TypeError, ValueError, KeyError):
+            left.append(f"{folder / 'captions.json'}: the cells or the legend of {name!r} are malformed")
+            parts = (), ()
+        figures.append(Figure(words["title"], words["caption"], png, *parts))
     return figures
 
 
-def _check_png(png: bytes, path: Path) -> None:
-    """Raises UserError for a file that is no whole PNG, or whose pixels would fill the memory."""
+def _cells(entries: Any, size: tuple[int, int]) -> tuple[Cell, ...]:
+    """Cells within an image of this width and height; a ValueError, TypeError or KeyError where they are none."""
+    cells: list[Cell] = []
+    for entry in entries:
+        x0, y0, x1, y1 = box = tuple(map(operator.index, entry["box"]))
+        if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] and len(cells) < MAX_CELLS):
+            raise ValueError(box)
+        cells.append(Cell(str(entry["row"]), str(entry["column"]), (x0, y0, x1, y1)))
+    return tuple(cells)
+
+
+def _legend(entries: Any) -> tuple[tuple[str, str], ...]:
+    """Names and colors; a ValueError or TypeError where they are none."""
+    found = tuple((str(name), str(color)) for name, color in entries)
+    if any(re.fullmatch("#[0-9a-f]{6}", color) is None for _, color in found):
+        raise ValueError(entries)
+    return found
+
+
+def _size_of_png(png: bytes, path: Path) -> tuple[int, int]:
+    """Width and height. Raises UserError for a file that is no whole PNG, or whose pixels would fill the memory."""
     from PIL import Image
 
     try:
@@ -204,6 +249,7 @@ def _check_png(png: bytes, path: Path) -> None:
                     f"{path}: has {image.width} x {image.height} px, more than {MAX_PNG_PIXELS:,}"
                 )
             image.load()
+            return image.size
     except UserError:
         raise
     except Exception as error:  # on damaged bytes the decoder may raise anything
@@ -235,14 +281,14 @@ def holds_result(
     return is_over
 
 
-def add_caption(figure: Path, title: str, caption: str) -> None:
-    """Enter a figure into the ``captions.json`` beside it."""
+def add_caption(figure: Path, title: str, caption: str, **more: Any) -> None:
+    """Enter a figure into the ``captions.json`` beside it; ``more``: the cells and the legend of a page of pictures."""
     captions = figure.with_name("captions.json")
     entries = files.read_json(captions) if captions.is_file() else {}
-    files.write_json(captions, entries | {figure.name: {"title": title, "caption": caption}})
+    files.write_json(captions, entries | {figure.name: {"title": title, "caption": caption, **more}})
 
 
-def _read_captions(path: Path) -> dict[str, dict[str, str]]:
+def _read_captions(path: Path) -> dict[str, dict[str, Any]]:
     captions = read_json(path, path.parent.parent) if os.path.lexists(path) else {}
     if not isinstance(captions, dict):
         raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
@@ -255,16 +301,20 @@ def _read_captions(path: Path) -> dict[str, dict[str, str]]:
     return captions
 
 
-def run_names(results: Sequence[Result]) -> list[str]:
-    """A short name for each run, unique within its kind: the method, and what sets it apart from its like.
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its method and its folder, with as much of the path as sets the folder apart.
 
-    "intertwined" alone; "intertwined, seed 0" and "intertwined, seed 1" for two runs that differ in the seed.
+    "intertwined, seed_0"; "intertwined, a/seed_0" beside "intertwined, b/seed_0"; the folder alone where it is called
+    as the method.
     """
-    names = [result.method for result in results]
-    own = [(r.protocol.label, f"seed {r.seed}", f"config {r.config_hash}") for r in results]
-    backbones = [backbone_label(result.network) for result in results]
-    for parts in (backbones, *zip(*own), [f"run {i}" for i in range(1, len(results) + 1)]):
-        full = [(result.kind, name) for result, name in zip(results, names)]
-        like = [{part for part, other in zip(parts, full) if other == this} for this in full]
-        names = [f"{name}, {part}" if len(same) > 1 else name for name, part, same in zip(names, parts, like)]
+    names = []
+    for run in runs:
+        parts = run.folder.parts[1:] if run.folder.is_absolute() else run.folder.parts
+        others = {other.folder for other in runs} - {run.folder}
+        n = 1
+        while n < len(parts) and any(other.parts[-n:] == parts[-n:] for other in others):
+            n += 1
+        folder = one_line("/".join(parts[-n:]))
+        method = run.result.method
+        names.append(folder if folder == method else ", ".join(filter(None, (method, folder))))
     return names

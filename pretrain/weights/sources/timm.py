@@ -43,7 +43,7 @@ from pretrain.weights.sources.dinov3 import LICENSE, PARTS, ROTARY, SAT_PIXELS, 
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
-DINOV3 = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.gamma_1", "blocks.0.gamma_2")
+DINOV3 = ("cls_token", "patch_embed.proj.weight", "blocks.0.gamma_1", "blocks.0.gamma_2")
 DINOV3_NAMES = (
     (r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),
     (r"(blocks\.\d+)\.attn\.q_bias", r"\1.attn.query.bias"),
@@ -122,8 +122,9 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def _is_dinov3(state: State) -> bool:
-    """Whether a network has DINOv3's names in timm."""
-    return all(key in state for key in DINOV3) and "pos_embed" not in state
+    """Whether a network has DINOv3's names in timm. Without registers, as ours may be, parts of qkv's bias mark it."""
+    marked = "reg_token" in state or "blocks.0.attn.q_bias" in state
+    return marked and all(key in state for key in DINOV3) and "pos_embed" not in state
 
 
 def _dinov3(file: Container, state: State, method: str, arguments: Mapping[str, Any]) -> Checkpoint:

@@ -43,8 +43,8 @@ REFUSED = (
         (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",),
     ), RELATIVE),
     Refusal("eva", "EVA or EVA-02", (
-        (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", "!^reg_token$"),
-        (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$", "!^reg_token$"), (r"(^|\.)rope\.freqs",),
+        (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", r"(^|\.)pos_embed$"),
+        (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$", r"(^|\.)pos_embed$"), (r"(^|\.)rope\.freqs",),
     ), ROPE + ", or gated MLPs"),
     Refusal("clip", "CLIP or SigLIP", (
         (r"(^|\.)visual\.(transformer\.resblocks\.0|trunk\.blocks\.0|layer1\.0)\.",),

@@ -23,9 +23,6 @@ from typing import Any
 from pretrain.cli import add_mask_options, at_least, command, fields_and_kwargs, fine_tuning_parser, masks_of
 from pretrain.errors import UserError
 from pretrain.log import say
-from seg_plugin.data import DATASETS
-from seg_plugin.run import go_on, prepare, train
-from seg_plugin.sweep import run_point, status, sweep
 
 FREE = ("device", "workers", "data_changed")  # may change at resume
 
@@ -35,8 +32,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = fine_tuning_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="the data set")
-    dataset = "and its protocol; left out: what DIR looks like, else own"
-    add("--dataset", choices=tuple(DATASETS), help=dataset)
+    dataset = "and its protocol: ade20k, voc, voc_aug, cityscapes, own; left out: what DIR looks like"
+    add("--dataset", metavar="NAME", help=dataset)
     grid = "the whole grid, or its run N alone (an array job); status: what is done"
     add("--sweep", nargs="?", const="all", metavar="N", help=grid)
     jobs = "runs of the sweep at a time, each on a GPU (%(default)s)"
@@ -69,6 +66,9 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    from seg_plugin.run import go_on, prepare, train  # loads MMSegmentation
+    from seg_plugin.sweep import run_point, status, sweep
+
     if options.data is None:
         if other := options.weights or options.backbone or options.seed or options.overrides:
             told = f"{options.output} has its settings; leave out {other}, or give --data and all of them"
