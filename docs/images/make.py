@@ -13,8 +13,8 @@ from det_plugin.figures import draw_prediction
 from det_plugin.predict import load_detector
 from pretrain.analysis.figures import (
     bare,
-    grid_of_axes,
     displayable,
+    grid_of_axes,
     masked,
     masks_figure,
     rectangles,
