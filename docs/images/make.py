@@ -62,7 +62,7 @@ def field_of_colors():
 
 def overview_figure(image, sample, crops, grid, demo):
     """A photograph with its crops, their boxes in the field, a crop with each kind of mask, what the demo's detector finds."""
-    views, n = sample.views, crops.views.boxes.shape[0]
+    views = sample.views
     shown = [*range(views.n_global), views.n_global, views.n_global + 1]
     figure, ((photo, field, content, position, found),) = grid_of_axes(1, 5, (12, 2.7))
     bare(photo, "a photograph and its crops").imshow(image, extent=(0, 1, 1, 0))
