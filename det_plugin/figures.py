@@ -104,18 +104,18 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
     """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels. Lines have an edge
     of black or white, so that they are seen on any picture."""
-    canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
+    canvas, line = image.copy(), max(round(min(image.shape[:2]) / 200), 2)
     masks = [(thing.mask, color_of(thing.kind)) for thing in objects if thing.mask is not None]
     for mask, color in sorted(masks, key=lambda pair: -int(pair[0].sum())):  # small ones on top
         canvas[mask] = (0.6 * canvas[mask] + 0.4 * np.array(color)).astype(np.uint8)
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outlines, -1, ink_on(color), line + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, outlines, -1, ink_on(color), line + 1, cv2.LINE_AA)
         cv2.drawContours(canvas, outlines, -1, color, line, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
     pen, letters = ImageDraw.Draw(picture), font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
     for thing in objects:
         (x0, y0, x1, y1), color = thing.box, color_of(thing.kind)
-        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(color), width=line + 2)
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(color))
         pen.rectangle(thing.box, outline=color, width=line)
     taken: list[Corners] = []
     for thing in reversed(objects):  # the last one lies on top and chooses first

@@ -156,7 +156,7 @@ def test_the_page_is_well_formed_and_loads_nothing(folder):
 
 def test_every_section_is_there_in_order(folder):
     heads = re.findall(r"<h2>(.*?)</h2>", page_of(folder))
-    assert heads == ["Results", "Curves", "Figures", "Runs"]
+    assert heads == ["Results", "Training", "Figures", "Runs"]
     assert f"data:image/png;base64,{base64.b64encode(png()).decode()}" in page_of(folder)
     assert "<b>Position field</b> Of the teacher." in page_of(folder)
 
@@ -189,7 +189,7 @@ def test_probes_are_curves_beside_the_losses(tmp_path):
         "probe/position_error": 0.1,
     }
     page = build_report([run])
-    curves = page[page.index('<section id="curves">') : page.index('<section id="runs">')]
+    curves = page[page.index('<section id="training">') : page.index('<section id="runs">')]
     assert (
         ">probe/dense_linear_miou<" in curves
         and ">probe/position_error<" in curves
@@ -318,6 +318,14 @@ def test_the_best_of_each_chart_is_marked(tmp_path):
     )  # not measured alike: a chart of its own
     assert "best" not in second and "best" not in third and "width:0.0%" in third
     assert page.index('class="chart"') < page.index("<table")
+
+
+def test_losses_stand_with_their_curves_and_not_with_the_results(folder):
+    sections = re.split("<section id=", page_of(folder))
+    results, training = (
+        next(text for text in sections if text.startswith(f'"{name}"')) for name in ("results", "training")
+    )
+    assert "Pre-training runs" in training and "Pre-training runs" not in results and "ADE20K" in results
 
 
 def test_curve_colors_are_seen_on_both_pages_and_by_every_eye():

@@ -70,10 +70,9 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
         and lines[3].keys() == {"iteration", "loss", "lr"}
     )
     assert Image.open(tmp_path / "figures" / "segmentations.png").width > 500
-    assert json.loads((tmp_path / "figures" / "captions.json").read_text())["segmentations.png"].keys() == {
-        "title",
-        "caption",
-    }
+    entry = json.loads((tmp_path / "figures" / "captions.json").read_text())["segmentations.png"]
+    assert entry.keys() == {"title", "caption", "cells", "legend"}
+    assert {cell["column"] for cell in entry["cells"]} == {"image", "ground truth", "prediction"}
 
     (
         tmp_path / "result.json"

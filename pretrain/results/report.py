@@ -94,6 +94,7 @@ def build_report(
     runs = sorted(runs, key=order)
     results, names = [run.result for run in runs], run_names(runs)
     found = tables_of(results, layout, table or {"paper": "1", "list": "none"}.get(layout, ""), against)
+    training = tables.posttraining_table(results), tables.pretraining_table(results)
     shared, others = strips(runs, names, STAGES)
     days = sorted({result.created[:10] for result in results})
     return from_template(
@@ -105,7 +106,8 @@ def build_report(
         n_left_out=n_left_out,
         n_scaled=sum(bool(result.protocol.deviations) for result in results),
         charts=charts(results, names),
-        tables=[(Markup(render(replace(each, notes=()), "html")), each.notes) for each in map(shown, found)],
+        tables=_drawn(table for table in found if table not in training),
+        training=_drawn(table for table in found if table in training),
         strips=shared,
         curves=_curves(runs, names),
         figures=[
@@ -153,6 +155,11 @@ def shown(table: Table) -> Table:
         numeric=frozenset(n for n, i in enumerate(kept) if i in table.numeric),
         measured=frozenset(n for n, i in enumerate(kept) if i in table.measured),
     )
+
+
+def _drawn(found: Iterable[Table]) -> list[tuple[Markup, tuple[str, ...]]]:
+    """Tables and, apart, their foot notes."""
+    return [(Markup(render(replace(each, notes=()), "html")), each.notes) for each in map(shown, found)]
 
 
 def _at(kept: Iterable[int], cells: Sequence[str]) -> tuple[str, ...]:
