@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -172,9 +172,11 @@ class ProgressLine:
                 TextColumn("{task.fields[time]}"),
             )
             # what goes into a file or a pipe must not come out above the bar
-            self.bar = _Display(
-                *columns, console=self.console, expand=True, redirect_stdout=sys.stdout.isatty()
-            )
+            lines: dict[str, Any] = {
+                "redirect_stdout": sys.stdout.isatty(),
+                "redirect_stderr": sys.stderr.isatty(),
+            }
+            self.bar = _Display(*columns, console=self.console, expand=True, **lines)
             self.bar.start()
             weakref.finalize(self, self.bar.stop)
             self.task = self.bar.add_task(title, total=total, completed=done, time="")

@@ -262,6 +262,7 @@ class _Runner(Runner):
         """mmengine's logger."""
         logger = super().build_logger(*arguments, **options)
         logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+        logger.setLevel(logging.DEBUG)  # its handlers choose; else it would have its parent's
         logger.parent = logging.getLogger()  # mmengine's loggers have none
         return logger
 

@@ -215,7 +215,7 @@ def judged(monkeypatch, scores):
     """Evaluations find these box APs, in turn."""
     found = iter(scores)
     monkeypatch.setattr(engine, "evaluate", lambda *_, **__: ({"box_ap": next(found)}, []))
-    monkeypatch.setattr(engine, "draw_page", lambda *_, **__: None)
+    monkeypatch.setattr("det_plugin.figures.draw_page", lambda *_, **__: None)
     monkeypatch.setattr(engine, "in_words", str)
 
 

@@ -79,13 +79,9 @@ def main(arguments: list[str]) -> None:
     if "=" in options.resume:  # `--resume key=value`: --resume stands alone
         options.overrides, options.resume = [options.resume, *options.overrides], "auto"
     from pretrain import distributed  # loads torch, which a command line that is refused does without
-    from pretrain.log import log
     from pretrain.train import train
 
     config = settings_of(options)
-    log(
-        f"images: {config.data.root}; into {config.run.output}"
-    )  # to list them, and to load what learns, takes seconds
     try:
         train(config, resume=options.resume, data_changed=options.data_changed)
     except Interrupted:
