@@ -460,7 +460,7 @@ def test_a_new_methods_losses_are_shown_without_a_list(tmp_path):
     page = build_report([read])
     shown = page[page.index("<h3>Pre-training</h3>") : page.index("<details><summary>Other terms (1)")]
     assert all(f">{term}<" in shown for term in ("loss", "zeta", "alpha")) and ">entropy<" not in shown
-    assert ">zeta</th>" in page[page.index('<section id="results">') :]
+    assert ">zeta</th>" in page[page.index('<section id="training">') :]
     later = build_report([Run(run.with_changes(post_training=True), read.log, [])])
     assert "<h3>Post-training</h3>" in later and "<h3>Pre-training</h3>" not in later
 
