@@ -338,7 +338,7 @@ def tiny_pretrain(words: list[str]) -> list[str]:
     has_start = options.start or any(word.startswith("backbone.weights=") for word in words)
     of_file = ("backbone.", "positions.") if has_start else ()
     few = [w for w in TINY if w.partition("=")[0] in known and not w.startswith(of_file or "\0")]
-    return with_fields(words, [*few, "optim.epochs=1"], ("step.parallel", "data.split"))
+    return with_fields(words, [*few, "optim.epochs=1", "step.accumulate=1"], ("step.parallel", "data.split"))
 
 
 def tiny_detect(words: list[str]) -> list[str]:
@@ -373,7 +373,8 @@ SMALL = {
     "analyze attention": partial(with_options, size=64, max_images=2),
     "evaluate position": partial(with_options, size=64, max_images=2),
     "evaluate discovery": partial(with_options, size=64, max_images=2),
-    "export": partial(with_options, size=64),
+    "evaluate probes": partial(with_options, knn_k=1),
+    "export": lambda words: words if "--detector" in words else with_options(words, size=64),
     "embed": partial(with_options, size=64),
 }
 
