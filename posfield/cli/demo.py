@@ -80,9 +80,8 @@ def stages(folder: Path, quick: bool = False) -> list[Stage]:
             where = ("--weights", weights, "--data", data / labels, "--output", folder / f"{task}_{method}")
             line = command(task, *where, "--resume", *protocol)
             steps.append(Stage(f"{title} {method}", budget_s, line))
-    for method in METHODS:
-        line = command("analyze crops", folder / f"pretrain_{method}", "--data", photographs)
-        steps.append(Stage(f"draw {method}", 10, line))
+    pretrained = [folder / f"pretrain_{method}" for method in METHODS]
+    steps.append(Stage("draw", 20, command("analyze crops", *pretrained, "--data", photographs)))
     runs = [folder / f"{task}_{method}" for task in ("pretrain", "detect", "segment") for method in METHODS]
     table, page = folder / "table.md", folder / "report.html"
     steps.append(Stage("table", 5, command("table", *runs, "--format", "md", "--output", table)))
