@@ -6,10 +6,10 @@ import json
 import pytest
 from pydantic import PositiveFloat, model_validator
 from runs_fixture import ROOT
-from tool_fixture import load_tool
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import first_names
+from posfield.cli import settings_page
 from pretrain.cli import fields_and_kwargs
 from pretrain.config import RECIPES
 from pretrain.errors import UserError
@@ -309,4 +309,4 @@ def test_the_shipped_json_schemas_are_those_of_the_models(method):
 
 def test_the_page_of_settings_is_the_models():
     page = ROOT / "docs" / "settings.md"
-    assert page.read_text() == load_tool("config").page(), "posfield config --markdown > docs/settings.md"
+    assert page.read_text() == settings_page.page(), "posfield config --markdown > docs/settings.md"

@@ -158,7 +158,12 @@ def test_config_builds_the_network_again(finished):
 def test_figures(finished):
     figures = finished.output / "figures"
     captions = json.loads((figures / "captions.json").read_text())
-    assert set(captions) == {"detections.png"} and set(captions["detections.png"]) == {"title", "caption"}
+    assert set(captions) == {"detections.png"} and set(captions["detections.png"]) == {
+        "title",
+        "caption",
+        "cells",
+        "legend",
+    }
     assert cv2.imread(str(figures / "detections.png")).std() > 10
 
 

@@ -179,6 +179,7 @@ FILES = (
         ENDED,
     ),
     File("broken_images.txt", TRAININGS, "images that could not be read, and why", "you", "yes"),
+    File("warnings.txt", TRAININGS, "what libraries warned of, each line once", "you", "yes"),
     File("log.txt*", DETECT, "Detectron2's log", "you", "yes"),
     File(
         "20*_*/*",
