@@ -351,7 +351,7 @@ def test_the_report_has_the_table_and_the_curves_of_a_post_training():
     log = {i: {"loss": 0.3, "cka": 0.3, "overlaps": 0.6, "feature_std": 1.0} for i in range(3)}
     page = build_report([Run(dense(), {}, []), Run(posttrained(), log, [])])
     assert "<h3>Post-training</h3>" in page and "<h3>Pre-training</h3>" not in page
-    curves = page[page.index("<h3>Post-training") : page.index('<section id="results">')]
+    curves = page[page.index("<h3>Post-training") : page.index("Post-training runs")]
     shown = curves[: curves.index("<details>")]
     assert all(f">{term}<" in shown for term in ("loss", "cka", "overlaps")) and ">feature_std<" not in shown
     assert "Pascal VOC 2012" in page and "COCO and ADE20K" not in page

@@ -118,7 +118,7 @@ def test_concluding_twice_gives_the_same_bytes(run):
     leave_all(run)
     first = conclude(run).read_bytes()
     assert conclude(run).read_bytes() == first
-    assert sorted(path.name for path in run.output.iterdir()) == ["points", "result.json"]
+    assert sorted(path.name for path in run.output.iterdir()) == ["README.txt", "points", "result.json"]
 
 
 def test_status(run):

@@ -4,21 +4,19 @@ import json
 import multiprocessing
 import pickle
 import sys
-import typing
 
 import numpy as np
 import pytest
 from source_fixture import contents, files, names, opened, write_shards
 
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources import DataSettings, kind_of
+from pretrain.data.sources import SHIPPED, kind_of
 from pretrain.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
 import pyarrow.parquet as pq  # noqa: E402
 
-SOURCES = [kind for kind in typing.get_args(DataSettings.model_fields["source"].annotation) if kind != "auto"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -209,8 +207,8 @@ def every_kind(folder):
 
 
 def test_auto_tells_the_kind(tmp_path):
-    assert every_kind(tmp_path).keys() == set(SOURCES)
-    for kind in SOURCES:
+    assert every_kind(tmp_path).keys() == set(SHIPPED)
+    for kind in SHIPPED:
         assert kind_of(str(tmp_path / ("list.txt" if kind == "list" else kind))) == kind
     files(tmp_path / "folder", "originals.tar", "originals.parquet")
     assert kind_of(str(tmp_path / "folder")) == "folder"  # images beside an archive
