@@ -91,10 +91,11 @@ def tell(run: DetectionRun, data: Data, device: torch.device, begins: bool) -> N
     split = parts if ranks * run.accumulate > 1 else ""
     precision = p.amp_dtype if p.amp and device.type == "cuda" else "float32"
     kind = "boxes and masks" if p.has_masks else "boxes"
+    planned = p.max_iters / epoch_iters
     ends = f", over after {p.patience} without a better one" if p.patience else ""
     log(
         f"plan: {n:,} images, {len(data.train.class_names)} classes, {kind}; batch {batch}{split}: {epoch_iters:,} iterations an "
-        f"epoch, {epochs:,.3g} epochs, {p.max_iters:,} iterations; evaluated every {p.eval_every:,} on {len(data.val.pictures):,} "
+        f"epoch, {planned:,.3g} epochs, {p.max_iters:,} iterations; evaluated every {p.eval_every:,} on {len(data.val.pictures):,} "
         f"images{ends}; {run.backbone} {run.weights or 'from scratch'} on {device}, {precision}; into {run.output}"
     )
     if begins and distributed.is_main():

@@ -271,7 +271,8 @@ def test_every_published_row_has_an_entry(name, table, backbone):
         assert ("posfield pretrain " in entry.origin) == (entry.method in ours)
         if entry.method in ours:
             config = entry.origin.split("--config ")[1].split()[0]
-            assert (ROOT / config).is_file() and entry.file == f"{Path(config).stem}/backbone.safetensors"
+            assert (ROOT / "configs" / "pretrain" / f"{config}.yaml").is_file()
+            assert entry.file == f"{entry.origin.rpartition('/')[2]}/backbone.safetensors"
 
 
 @pytest.mark.parametrize("size, letter", [("small", "s"), ("base", "b"), ("large", "l")])

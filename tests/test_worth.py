@@ -73,6 +73,7 @@ def worth(*words):
         (["--starts", "none"], "nothing to compare; give two, or one and --photos"),
         (["--starts", "none,nowhere.pth"], "no file nowhere.pth; give none for random weights"),
         (["--starts", "none,none"], "two are called none; rename one"),
+        (["--starts", "none", "--photos", "photos"], "epochs: say how long .* batch_size=16 epochs=50"),
         (["--starts", "none,none", "--shares", "0.1,2"], "--shares: 2 is more than all"),
         (["--starts", "none,none", "--shares", "0.1,-1"], "--shares='-1' should be a number above 0"),
     ],

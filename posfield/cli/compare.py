@@ -146,6 +146,7 @@ def main(arguments: list[str]) -> None:
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():
         file, whence = Path(comparison.weights) / entry.file, entry.origin or "whence is not said"
+        whence = whence.replace("WEIGHTS/", f"{comparison.weights}/")
         print(f"{'no weights':<16} {name}: {file} ({whence})")
     if lost and options.strict:
         raise UserError(f"--strict: {len(lost)} of {len(rows)} files are missing")
@@ -153,6 +154,8 @@ def main(arguments: list[str]) -> None:
     how = options.gpus_per_run, n_jobs, options.data_changed
     planned = compare.plan(comparison, weights, options.output, *how)
     runs = [run for run in planned if run.entry in rows]
+    if lost and not runs and not (options.status or options.dry_run or options.tables):
+        raise UserError(f"nothing to run: all {len(lost)} files above are missing in {comparison.weights}")
     if options.status:
         return print(*(f"{run.state:<16} {run.name}" for run in runs), sep="\n")
     failed, left = ({}, []) if options.tables else go_on(comparison, weights, runs, options, queue)

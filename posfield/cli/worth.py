@@ -24,6 +24,7 @@ from pretrain.errors import UserError
 from pretrain.files import read_json, write_json, write_text
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.jobs.slurm import Queue
+from pretrain.log import log
 from pretrain.results import read_result
 from pretrain.results.folder import leave_readme
 from pretrain.results.render import render
@@ -231,6 +232,9 @@ def main(arguments: list[str]) -> None:
     """Plan, go on, write what came out, and say what failed and what is left."""
     options, further = parse(arguments)
     starts = starts_of(options)
+    if not {word.partition("=")[0] for word in options.overrides} & {"epochs", "max_iters"}:
+        told = "say how long each fine-tuning is, for the protocol's length is made for COCO"
+        raise UserError(f"epochs: {told}; for a few hundred images batch_size=16 epochs=50")
     queue = None
     if options.submit:
         words = [
@@ -245,6 +249,10 @@ def main(arguments: list[str]) -> None:
     tidy(options.output, options.output / "data")
     shares = write_shares(options)
     first, runs = plan(options, starts)
+    after = "a pre-training, then " if first else ""
+    log(
+        f"plan: {after}{len(runs)} fine-tunings: {len(starts)} starts, {len(shares)} shares, {options.seeds} seeds"
+    )
     seconds = 60 * options.max_minutes - GRACE_S
     how = options.jobs, seconds, 0 if options.device == "cpu" else 1, queue
     before = Runner(*how).run({"pretrain": first}) if first else {"pretrain": DONE}
@@ -259,5 +267,9 @@ def main(arguments: list[str]) -> None:
     print(write_results(scores_of(runs), starts, shares, own, options.output))
     failed, left = ([name for name, how in ended.items() if how == which] for which in (FAILED, LEFT))
     left += [] if is_ready or failed or queue else [OWN]
-    told = f"{len(failed)} of {len(runs) + len(first)} runs failed: {', '.join(failed)} (logs in {options.output}/RUN.log)"
-    raise_for(told if failed else "", left, f"{len(runs) + len(first)} runs")
+    told = (
+        f"{len(failed)} of {len(runs) + len(first)} runs failed: {', '.join(failed)} (why: {options.output / failed[0]}.log)"
+        if failed
+        else ""
+    )
+    raise_for(told, left, f"{len(runs) + len(first)} runs")

@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from pretrain.cli import add_data_changed, command_parser
-from pretrain.errors import Interrupted
+from pretrain.errors import Interrupted, UserError
 
 PATHS = {"start": "backbone.weights", "data": "data.root", "output": "run.output"}
 
@@ -42,6 +42,10 @@ def settings_of(options: argparse.Namespace) -> Any:
         saved = Path(outputs[-1] if outputs else RunSettings().output, "config.yaml")
         if saved.is_file():
             return load_saved(saved, words)
+        if not options.data and not any(word.startswith("data.root=") for word in words):
+            raise UserError(
+                f"--resume: {saved.parent} holds no run to go on with; begin one with --data or --config"
+            )
     checkpoint = read_checkpoint(options.start) if options.start else None
     recipe = "own-images" if options.start else "own-images-scratch" if options.data else None
     config = load_config(options.config or recipe, words)

@@ -34,7 +34,12 @@ def find_method(name: str) -> type[Method]:
         if value.__module__ == module.__name__
     ]
     if len(found) != 1 or not hasattr(found[0], "Settings"):
-        names = ", ".join(value.__name__ for value in found) or "none"
+        unfinished = [
+            f"{v.__name__} without {', '.join(sorted(v.__abstractmethods__))}"
+            for v in vars(module).values()
+            if inspect.isabstract(v) and v.__module__ == module.__name__
+        ]
+        names = ", ".join([*(value.__name__ for value in found), *unfinished]) or "none"
         raise UserError(f"method: {name} should define one Method with Settings, not {names}")
     return found[0]
 

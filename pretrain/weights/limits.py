@@ -53,7 +53,11 @@ def check_regular(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null character
         reason = getattr(error, "strerror", None) or str(error)
         absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        said = f"no file {path}" if absent else f"{path} cannot be read ({reason})"
+        said = (
+            f"no file {path}; docs/weights.md says where each method publishes its own"
+            if absent
+            else f"{path} cannot be read ({reason})"
+        )
         raise UserError(f"weights: {said}") from error
     ensure(stat.S_ISREG(found.st_mode), f"weights: {path} is no regular file")
     ensure(found.st_size, f"weights: {path} is empty")

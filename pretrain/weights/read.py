@@ -165,7 +165,9 @@ def backbone_name(
     if name is not None:
         return name
     if weights is None:
-        raise UserError("backbone: a name is needed, or weights that say it")
+        raise UserError(
+            "backbone: a name is needed (--backbone vit_small_patch16), or weights that say it (--weights FILE)"
+        )
     found = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source)
     if found.backbone is None:
         raise UserError(f"backbone: {found.path} is of no registered size; give the name of a backbone")
