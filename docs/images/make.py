@@ -28,7 +28,7 @@ from pretrain.data.decode import decode
 from pretrain.data.loader import Collate, build_dataset
 from pretrain.data.toy import photographs
 
-DETECTED = "000000000086.jpg"  # of the demo's validation images
+DETECTED = "000000000064.jpg"  # of the demo's validation images
 HERE, SEED, SHOWN = Path(__file__).parent, 4, ("astronaut", "chelsea", "coffee", "rocket")
 
 
