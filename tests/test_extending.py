@@ -123,6 +123,15 @@ def test_data_sets_are_one_file_each(world, monkeypatch):
     write_start(folder / "runs" / "mine" / "backbone.safetensors")
     dense = ["linear.image_px=64", "linear.epochs=1", "linear.batch_size=2", "linear.augment=false"]
     run_page("dataset.md", world, monkeypatch, segment=["val_every=2"], evaluate_dense=dense)
+    found = {name: read_result(folder / "runs" / name) for name in ("zip", "arrays", "arrays_dense")}
+    assert {name: (result.kind, result.protocol.name) for name, result in found.items()} == {
+        "zip": ("pretrain", "intertwined-100ep"),
+        "arrays": ("segmentation", "arrays-40k"),
+        "arrays_dense": ("dense", "dense-arrays"),
+    }
+    # Their own classes, and images that were read: four of validation
+    assert found["arrays_dense"].metrics["images"] == 4
+    assert found["arrays_dense"].metrics["in_context_class_iou"].keys() == {"road", "car"}
 
 
 def test_a_module_or_source_that_is_not_there_is_told(world, monkeypatch, capsys):
