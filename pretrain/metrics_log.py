@@ -24,7 +24,7 @@ import torch
 
 from pretrain.errors import UserError, missing_package
 from pretrain.files import replacing, write_text, writing
-from pretrain.log import in_words
+from pretrain.log import in_words, log
 from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
@@ -110,7 +110,7 @@ class MetricsLog:
             self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
         if tensorboard and find_spec("tensorboard") is None:
-            print(f"no TensorBoard: {missing_package('tensorboard')}", file=sys.stderr)
+            log(f"no TensorBoard: {missing_package('tensorboard')}")
         elif tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -3,13 +3,10 @@ every form in which a network runs: packed, checkpointed, compiled, windowed, ti
 
 import argparse
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from backbone_fixture import randomize, sharp
 from photos import TINY, last, write_photos
 from safetensors.torch import load_file
@@ -29,9 +26,6 @@ from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.methods.intertwined import Intertwined
 from pretrain.train import run_protocol, train
-from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
-from pretrain.views.color import NO_COLOR, ColorSettings, draw_colors
-from pretrain.views.pixels import render
 from pretrain.weights import save_backbone
 
 DINOV3 = dict(pos_encoding="rotary", n_registers=4, layerscale=1e-2, ln_eps=1e-5, qkv_bias="no_key")
@@ -169,34 +163,6 @@ def test_places_are_those_of_the_field():
         of_y, of_x = found[..., :4], found[..., 4:]
         torch.testing.assert_close(of_x, function(expected[..., :1] * scale), rtol=0, atol=1e-5)
         torch.testing.assert_close(of_y, function(expected[..., 1:] * scale), rtol=0, atol=1e-5)
-
-
-def test_angles_of_drawn_views_say_where_their_pixels_come_from():
-    """Crops of an image that stores its coordinates, drawn and rendered as in training, jitter off: the slowest
-    frequency stays within a turn, so the place of every patch is read off its angles, and off its pixels."""
-    height, width, size, patch = 90, 120, 32, 8
-    y, x = np.indices((height, width))
-    image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
-    rule = CropSettings(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
-    views = draw_views(
-        np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)]
-    )
-    flips = torch.tensor([[True, False, True, False, False]])
-    off = ColorSettings(**NO_COLOR)
-    colors = draw_colors(5, 2, off, [np.random.default_rng(0)])
-    pixels = torch.cat(
-        render(image, replace(views, flips=flips), colors, off, global_px=size, local_px=size)
-    ).float()
-    n = size // patch
-    seen = F.avg_pool2d(pixels / 2, patch)[:, :2]  # [5, 2 (x, y), n, n], pixels of the image
-    angles = rotation(views.boxes[0], (n, n), 16, flips[0])
-    slowest = torch.atan2(angles.sin, angles.cos)[..., [7, 3]] / frequencies(16)[3]  # [5, N, 2 (x, y)]
-    share = (slowest / (2 * math.pi) + 1) / 2
-    place = (share * torch.tensor([width, height]) - 0.5).unflatten(1, (n, n)).permute(0, 3, 1, 2)
-    # A resize repeats the border of its crop: the outermost patches are off by part of a pixel.
-    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
-    torch.testing.assert_close(seen[inner], place[inner], atol=0.5, rtol=0)
-    assert place[:, 0].std((1, 2)).min() > 3  # the crops differ in what they show
 
 
 def test_the_box_of_the_whole_image_is_inference():

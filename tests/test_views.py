@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 from pretrain.backbones.position import axis_weights, patch_centers, sample_field
+from pretrain.backbones.rotary import frequencies, rotation
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import (
     TRIES,
@@ -121,7 +122,7 @@ def test_positions_follow_the_pixels(flip):
 
 def test_drawn_views_carry_pixels_and_positions_together():
     """Through draw_views and render, with jitter off: a view's pixels hold the coordinates at which P is
-    sampled."""
+    sampled, and by which rotary positions turn."""
     height, width, size, patch = 90, 120, 32, 8
     y, x = np.indices((height, width))
     image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
@@ -148,6 +149,15 @@ def test_drawn_views_carry_pixels_and_positions_together():
     inner = slice(1, -1)
     torch.testing.assert_close(seen[:, 0, inner, inner].mean(1), x_at[:, inner], atol=0.5, rtol=0)
     torch.testing.assert_close(seen[:, 1, inner, inner].mean(2), y_at[:, inner], atol=0.5, rtol=0)
+    angles = rotation(views.boxes[0], (n, n), 16, views.flips[0])
+    # The slowest of four frequencies stays within a turn.
+    slowest = torch.atan2(angles.sin, angles.cos)[..., [7, 3]] / frequencies(16)[3]  # [5, N, 2 (x, y)]
+    share = (slowest / (2 * math.pi) + 1) / 2
+    place = (share * torch.tensor([width, height]) - 0.5).unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    expected = torch.stack([x_at[:, None].expand(-1, n, -1), y_at[:, :, None].expand(-1, -1, n)], 1)
+    torch.testing.assert_close(place, expected.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[..., inner, inner], place[..., inner, inner], atol=0.5, rtol=0)
+    assert place[:, 0].std((1, 2)).min() > 3  # the crops differ in what they show
 
 
 @pytest.mark.parametrize("scale", [(0.05, 0.32), (0.32, 1.0)])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pretrain.cli import REQUEUE_CODE, command, command_parser
 from pretrain.errors import Interrupted, UserError
-from pretrain.log import ProgressLine
+from pretrain.log import QUIET, ProgressLine
 from pretrain.results import renamed
 
 SHOW_EVERY_S = 15
@@ -140,7 +140,7 @@ def run_stage(stage: Stage, log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     shown, said, asked = Shown(), "", list[str]()
-    environment = {**os.environ, "POSFIELD_PROGRESS_S": PROGRESS_S}
+    environment = {**os.environ, QUIET: PROGRESS_S}
     with (
         open(log, "w", buffering=1) as file,
         # a session of its own: a terminal sends Ctrl-C to all in a group, and it would come twice, which means at once

@@ -20,6 +20,7 @@ from pretrain.errors import (
     missing_package,
     one_line,
 )
+from pretrain.own_modules import import_own
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,10 +47,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.raiseExceptions = show_traceback  # a log file on a full disk would show one for every line
     try:
         refuse_empty(arguments)
-        if os.environ.get("POSFIELD_IMPORT"):
-            from pretrain.registry import import_own
-
-            import_own()
+        import_own()
         with explained_shortage("take smaller images or batches, or another --device"):
             main([a for a in arguments if a != "--traceback"])
     # OSError names the file; of a loss the run has said where

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from pretrain.errors import UserError
 from pretrain.methods.method import EMATeacher, Method, TrainSettings
-from pretrain.registry import own_module
+from pretrain.own_modules import own_module
 
 SHIPPED = tuple(
     sorted(
